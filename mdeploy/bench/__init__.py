@@ -1,0 +1,1 @@
+"""A load tester on raw sockets that says how far its own numbers can be trusted."""

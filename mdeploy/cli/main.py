@@ -1,0 +1,102 @@
+"""Builds the command line and turns every error into one message and one exit code.
+
+Only the module of the verb in use is imported: `mdeploy ps` must not pay for the other verbs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from mdeploy import __version__
+from mdeploy.cli import output
+from mdeploy.errors import ExitCode, MdeployError, UsageError
+
+# verb -> module that registers it, in the order `--help` lists them
+VERBS = {
+    "demo": "demo",
+    "download": "download",
+    "mirror": "mirror",
+    "engines": "engines",
+    "serve": "serve",
+    "run": "run",
+    "ps": "ps",
+    "logs": "logs",
+    "stop": "stop",
+    "restart": "stop",
+    "bench": "bench",
+}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command line; returns the exit code and never raises for a user's mistake."""
+    as_json = "--json" in _before_double_dash(argv)
+    try:
+        code = _build(argv)(args=list(argv), prog_name="mdeploy", standalone_mode=False)
+    except MdeployError as error:
+        return output.fail(error, as_json=as_json)
+    except typer.TyperException as error:
+        return output.fail(_usage(error), as_json=as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        output.say("interrupted")
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        return _reader_left()
+    return code if isinstance(code, int) else ExitCode.OK
+
+
+def _build(argv: Sequence[str]) -> typer.Typer:
+    app = typer.Typer(
+        name="mdeploy",
+        help="Download, plan, serve, supervise and measure ModelScope models on your own GPU machines.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    known = VERBS.get(argv[0]) if argv else None
+    for module in [known] if known else dict.fromkeys(VERBS.values()):
+        importlib.import_module(f"mdeploy.cli.{module}").register(app)
+    return app
+
+
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=lambda wanted: _print_version(wanted),
+            is_eager=True,
+            help="Show the version.",
+        ),
+    ] = False,
+) -> None:
+    """Options that stand before the verb."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mdeploy {__version__}")
+        raise typer.Exit
+
+
+def _before_double_dash(argv: Sequence[str]) -> Sequence[str]:
+    return argv[: argv.index("--")] if "--" in argv else argv
+
+
+def _usage(error: typer.TyperException) -> MdeployError:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "mdeploy"
+    return UsageError(error.format_message(), hint=f"{command} --help")
+
+
+def _reader_left() -> int:
+    """`mdeploy logs | head` closes our stdout; keep the interpreter from complaining at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + 13  # what a shell reports for SIGPIPE

@@ -1,0 +1,59 @@
+"""Where mdeploy keeps its own things. Models are not here: they stay in the ModelScope cache.
+
+HOME/                        $MDEPLOY_HOME
+├── config.yaml              optional settings
+├── services/NAME/           one directory a service, 0700
+│   ├── spec.json            what to run (ServiceSpec)
+│   ├── state.json           what runs (ServiceRecord), replaced atomically
+│   ├── lock                 held by the supervisor for as long as it lives
+│   ├── log, log.1 …         output of the engine, rotated by size
+├── secrets/NAME             0600, one value a file
+├── engines/NAME/            one environment an engine; engine.json is written last
+└── bench/                   results
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """The disk tree under one home directory."""
+
+    home: Path
+
+    @property
+    def config(self) -> Path:
+        """Settings file of this home."""
+        return self.home / "config.yaml"
+
+    @property
+    def services(self) -> Path:
+        """Parent of all service directories."""
+        return self.home / "services"
+
+    @property
+    def secrets(self) -> Path:
+        """Private values, one a file."""
+        return self.home / "secrets"
+
+    @property
+    def engines(self) -> Path:
+        """Parent of all engine environments."""
+        return self.home / "engines"
+
+    def service(self, name: str) -> Path:
+        """Directory of one service."""
+        return self.services / name
+
+
+def default_home(env: Mapping[str, str]) -> Path:
+    """Root's state belongs to the machine, everybody else's to the user (XDG base directories)."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/mdeploy")
+    state = env.get("XDG_STATE_HOME") or str(Path(env.get("HOME", "~")).expanduser() / ".local" / "state")
+    return Path(state) / "mdeploy"

@@ -1,0 +1,228 @@
+"""The frozen values that flow between packages.
+
+Planners return them, launchers consume them, renderers print them; nobody changes one.
+They know nothing of files, processes or the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+SCHEMA = 1
+"""Version of every JSON document we write; it grows only when a key changes its meaning."""
+
+Phase = Literal["starting", "ready", "unhealthy", "stopping", "stopped", "failed"]
+Manager = Literal["foreground", "detached", "systemd"]
+
+T = TypeVar("T")
+
+
+def to_json(value: Any) -> bytes:
+    """A dataclass as indented JSON with a stable key order."""
+    import orjson
+
+    return orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def from_json(cls: type[T], data: bytes) -> T:
+    """The inverse of `to_json`, checked; raises ValueError for a document of another shape."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls).validate_json(data)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """A model on a hub: `owner/name` at a revision (branch, tag or commit)."""
+
+    id: str
+    revision: str = "master"
+    hub: str = "modelscope"
+
+    def __str__(self) -> str:
+        return self.id if self.revision == "master" else f"{self.id}@{self.revision}"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalModel:
+    """A complete model on this disk."""
+
+    ref: ModelRef
+    path: str
+    commit: str | None
+    files: int
+    bytes: int
+    fetched_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a checkpoint says of itself, read from config.json and tensor headers, nothing loaded."""
+
+    architecture: str
+    dtype: str
+    weight_bytes: int
+    heads: int | None
+    max_len: int | None
+    chat_template: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One device as nvidia-smi lists it; memory in MiB."""
+
+    index: int
+    uuid: str
+    name: str
+    total_mib: int
+    free_mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class LlmOptions:
+    """What the user asked of an LLM service; None means no wish."""
+
+    tp: int | None = None
+    gpus: tuple[int, ...] | None = None
+    gpu_memory_utilization: float | None = None
+    max_model_len: str | None = None
+    dtype: str | None = None
+    extra: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GpuPlan:
+    """Where and how large an engine runs; `reasons` says why, one sentence each."""
+
+    device: Literal["cpu", "cuda"]
+    indices: tuple[int, ...]
+    tp: int
+    util: float | None
+    max_len: str | None
+    dtype: str | None
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Defaults for one model, from `recipes/<org>/<model>.yaml`."""
+
+    kind: Literal["llm"]
+    model: str
+    revision: str = "master"
+    description: str = ""
+    max_model_len: int | None = None
+    gpu_memory_utilization: float | None = None
+    args: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """How to know that a service works: a cheap path, and a request that must really be answered."""
+
+    health_path: str
+    request_path: str
+    request_body: Mapping[str, Any]
+    timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Deadlines of a service, in seconds, and the size of its log in bytes."""
+
+    start_timeout_s: float = 1800.0
+    stop_timeout_s: float = 30.0
+    health_interval_s: float = 2.0
+    log_bytes: int = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSpec:
+    """Everything needed to run a service; every way of starting one consumes this and nothing else.
+
+    `env` is added to a clean copy of the caller's environment. `secrets` maps an environment
+    variable of the engine to the file its value is in: a value itself never enters a spec.
+    `source` is what the user typed as the model.
+    """
+
+    name: str
+    kind: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    cwd: str
+    host: str
+    port: int
+    probe: Probe
+    model: str
+    source: str = ""
+    plan: GpuPlan | None = None
+    secrets: Mapping[str, str] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def url(self) -> str:
+        """Base URL a client on this machine uses; a wildcard address is reached by loopback."""
+        return f"http://{_client_host(self.host)}:{self.port}"
+
+
+def _client_host(host: str) -> str:
+    if host in ("0.0.0.0", ""):
+        return "127.0.0.1"
+    if host == "::":
+        return "[::1]"
+    return f"[{host}]" if ":" in host else host
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceRecord:
+    """What a supervisor last wrote about its service. `since` is Unix time in seconds.
+
+    (pid, pid_created, boot_id) name one process for ever: a reused pid or a reboot is noticed.
+    """
+
+    name: str
+    run_id: str
+    pid: int
+    pid_created: float
+    boot_id: str
+    manager: Manager
+    phase: Phase
+    since: float
+    restarts: int = 0
+    engine_pid: int | None = None
+    detail: str = ""
+    error: str | None = None
+    hint: str = ""
+    deterministic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceStatus:
+    """What is true now: a record checked against locks and processes. Never stored."""
+
+    spec: ServiceSpec
+    phase: Phase
+    pid: int | None
+    since: float
+    restarts: int = 0
+    detail: str = ""
+    error: str | None = None
+    hint: str = ""
+    leftovers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An environment that holds an engine. `managed` ones are ours to remove, adopted ones are not."""
+
+    name: str
+    engine: str
+    version: str
+    variant: Literal["cpu", "cuda"]
+    python: str
+    managed: bool
+    bytes: int = 0

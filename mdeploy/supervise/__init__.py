@@ -1,0 +1,1 @@
+"""Keeping one engine alive, honest about its state, and gone when asked."""
