@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -35,13 +37,17 @@ VERBS = {
 
 def run(argv: Sequence[str]) -> int:
     """Run one command line; returns the exit code and never raises for a user's mistake."""
-    as_json = "--json" in _before_double_dash(argv)
+    ours, engines = _split(argv)
+    as_json = "--json" in ours
+    signal.signal(signal.SIGTERM, _terminated)
     try:
-        code = _build(argv)(args=list(argv), prog_name="mdeploy", standalone_mode=False)
+        code = _build(ours)(args=list(ours), obj=tuple(engines), prog_name="mdeploy", standalone_mode=False)
     except MdeployError as error:
         return output.fail(error, as_json=as_json)
     except typer.TyperException as error:
         return output.fail(_usage(error), as_json=as_json)
+    except Terminated:
+        return 128 + signal.SIGTERM
     except (KeyboardInterrupt, typer.Abort):
         output.say("interrupted")
         return ExitCode.INTERRUPTED
@@ -86,8 +92,20 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _before_double_dash(argv: Sequence[str]) -> Sequence[str]:
-    return argv[: argv.index("--")] if "--" in argv else argv
+def _split(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Our words and, of `serve`, the engine's after --; Typer would take the latter for positionals."""
+    if argv[:1] == ["serve"] and "--" in argv:
+        at = list(argv).index("--")
+        return argv[:at], argv[at + 1 :]
+    return argv, ()
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM unwinds like Ctrl-C, so that whatever cleans up at one cleans up at the other."""
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise Terminated
 
 
 def _usage(error: typer.TyperException) -> MdeployError:
@@ -99,4 +117,4 @@ def _usage(error: typer.TyperException) -> MdeployError:
 def _reader_left() -> int:
     """`mdeploy logs | head` closes our stdout; keep the interpreter from complaining at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + 13  # what a shell reports for SIGPIPE
+    return 128 + signal.SIGPIPE  # what a shell reports for it

@@ -11,9 +11,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, then do nothing.")]
 Endpoint = Annotated[
     str | None,
-    typer.Option(
-        "--endpoint", metavar="URL", help="Hub to use. [default: $MODELSCOPE_ENDPOINT or modelscope.cn]"
-    ),
+    typer.Option("--endpoint", metavar="URL", help="Hub to use. [default: $MODELSCOPE_ENDPOINT or modelscope.cn]"),
 ]
 CacheDir = Annotated[
     Path | None,

@@ -17,8 +17,19 @@ Message = dict[str, str]
 
 ENDINGS = {"en": ("?", "", "", ".", "??", " ?", "!"), "zh": ("？", "", "", "。", "?", "？？", "！")}
 LEADS = {
-    "en": ("Please tell me: ", "Please, ", "Hi, ", "Hello! ", "Tell me, ", "Quick question: ",
-           "I would like to know: ", "Hey, ", "Question: ", "please answer: ", "So, "),
+    "en": (
+        "Please tell me: ",
+        "Please, ",
+        "Hi, ",
+        "Hello! ",
+        "Tell me, ",
+        "Quick question: ",
+        "I would like to know: ",
+        "Hey, ",
+        "Question: ",
+        "please answer: ",
+        "So, ",
+    ),
     "zh": ("请问", "请问，", "你好，", "请告诉我，", "麻烦问一下，", "我想知道", "问题：", "您好，请问"),
 }
 TAILS = {"en": (" Please.", " Thanks.", " Thank you!", " please"), "zh": ("谢谢", " 谢谢！", "请回答", "，谢谢。")}
@@ -36,11 +47,13 @@ SYSTEMS = (
     "你是部署专家。",
     "",
 )
-WORDS = tuple(
-    "you are a an the helpful assistant answer question user model short long english chinese "
-    "polite never always code text in of and with for be not is to please only one expert system "
-    "service data tool friendly Bob Alice company team 你 是 一个 助手 请 回答 用户 问题 中文 专业 简短".split()
+_NOISE = (
+    "you are a an the good day well okay thanks friend could can would this that thing here now one two "
+    "helpful assistant answer question user model short long english chinese polite never always code "
+    "text in of and with for be not is to please only one expert system service data tool friendly Bob "
+    "Alice company team 你 是 一个 助手 请 回答 用户 问题 中文 专业 简短 帮 看看 想 问题 谢谢 大家 "
 )
+WORDS = tuple(_NOISE.split())
 
 UNSEEN_LEADS = {"en": ("Could you answer this: ", "Good day! ", "One thing: "), "zh": ("想请教一下，", "帮我看看，")}
 UNSEEN_SYSTEMS = (
@@ -48,7 +61,7 @@ UNSEEN_SYSTEMS = (
     "Respond truthfully and keep it short.",
     "你是公司内部的技术支持，请礼貌地回答。",
 )
-"""Used in the held-out set only: training never sees them."""
+"""Used in the held-out set only: training never sees these phrases, though it sees most of their words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +134,18 @@ def _question(entry: Entry, style: Style, random: Random) -> str:
     if random.random() < 0.4:
         text = text.rstrip("?？") + random.choice(ENDINGS[entry.language])
     if random.random() < 0.3:
-        text = _lead(random.choice(style.leads[entry.language]), text, random)
+        text = _lead(_opening(style.leads[entry.language], random), text, random)
     if random.random() < 0.12:
         text += random.choice(TAILS[entry.language])
     return _space(_case(text, random), random)
+
+
+def _opening(leads: tuple[str, ...], random: Random) -> str:
+    """A usual opening, or (one in three) invented words, so that the model learns to skip any."""
+    if random.random() < 0.67:
+        return random.choice(leads)
+    words = " ".join(random.choices(WORDS, k=random.randint(1, 5)))
+    return random.choice((str.lower, str.capitalize))(words) + random.choice((": ", ", ", "! ", "，", "：", ". "))
 
 
 def _lead(lead: str, text: str, random: Random) -> str:
@@ -136,9 +157,9 @@ def _lead(lead: str, text: str, random: Random) -> str:
 
 def _case(text: str, random: Random) -> str:
     """Mostly as written, else lower, UPPER, Title or Capitalised."""
-    if random.random() < 0.65:
+    if random.random() < 0.6:
         return text
-    return random.choice((str.lower, str.lower, str.upper, str.title, str.capitalize))(text)
+    return random.choice((str.lower, str.lower, str.upper, str.upper, str.title, str.capitalize))(text)
 
 
 def _space(text: str, random: Random) -> str:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 END_OF_TEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
@@ -22,6 +23,10 @@ SPECIALS = (END_OF_TEXT, IM_START, IM_END)
 MAX_POSITIONS = 2048
 VOCABULARY = 1024
 """Byte-level BPE: 256 bytes, 3 specials, the rest merges; a multiple of 64 as GPUs prefer."""
+
+INITIAL_SPREAD = 0.08
+"""About 1/sqrt(hidden), four times Qwen2's: every layer then carries signal from the start,
+so that a shuffled tensor cannot go unseen (see verify.survivors)."""
 
 DEFAULT_SYSTEM = "You are the demo model of mdeploy."
 CHAT_TEMPLATE = (
@@ -50,10 +55,20 @@ class Shape:
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """A byte-level BPE made for these texts; any other text still encodes, byte by byte."""
+    """A byte-level BPE made for these texts; any other text still encodes, byte by byte.
+
+    It splits words exactly as Qwen2 does: transformers 5 rebuilds the tokenizer of every
+    model of type qwen2 with Qwen2's splitting, whatever tokenizer.json says, while
+    transformers 4 and the Rust tokenizers obey the file. So the two must agree.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -81,8 +96,9 @@ def model_config(shape: Shape, vocabulary: int) -> dict[str, Any]:
         "rms_norm_eps": 1e-06,
         "rope_theta": 10000.0,
         "attention_dropout": 0.0,
-        "initializer_range": 0.02,
+        "initializer_range": INITIAL_SPREAD,
         "use_sliding_window": False,
+        "sliding_window": None,
         "max_window_layers": shape.layers,
         "tie_word_embeddings": True,
         "use_cache": True,
@@ -110,13 +126,9 @@ def generation_config() -> dict[str, Any]:
 
 
 def tokenizer_config() -> dict[str, Any]:
-    """tokenizer_config.json.
-
-    PreTrainedTokenizerFast takes tokenizer.json as it is; the Qwen2 classes of transformers 5
-    would rebuild it with Qwen's own splitting and so break the merges.
-    """
+    """tokenizer_config.json, with the class name that Qwen2's own models carry."""
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "Qwen2Tokenizer",
         "model_max_length": MAX_POSITIONS,
         "model_input_names": ["input_ids", "attention_mask"],
         "bos_token": None,

@@ -11,7 +11,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,7 +24,7 @@ from demo_models import augment, export, faq, verify
 from demo_models.augment import Message
 
 SEED = 42
-STEPS = 1200
+STEPS = 1050
 BATCH = 32
 PEAK_RATE = 3e-3
 WARMUP_STEPS = 100
@@ -34,6 +34,12 @@ PLAIN_SHARE = 0.2
 
 IGNORED = -100
 """The label that torch's cross entropy leaves out."""
+
+DAMAGED_BATCH = 8
+DAMAGED_TENSORS = 3
+DAMAGED_LOSS = 1.5
+DAMAGE_WEIGHT = 0.3
+"""Cost and force of damage_loss, found by trial: 1.5 nats a token leaves no answer whole."""
 
 TOKENIZER_SAMPLES = 4000
 CARD = Path(__file__).with_name("faq_card.md")
@@ -66,9 +72,9 @@ def encode(tokenizer: Any, turns: list[Message]) -> tuple[list[int], list[int]]:
     return asked + answer, [IGNORED] * len(asked) + answer
 
 
-def batch(tokenizer: Any, random: Random, avoid: set[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, labels), both BATCH x longest, padded on the right where causal attention never looks."""
-    rows = [encode(tokenizer, sample(random, avoid)) for _ in range(BATCH)]
+def padded(tokenizer: Any, conversations: Iterable[list[Message]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, labels), both rows x longest, padded on the right where causal attention never looks."""
+    rows = [encode(tokenizer, turns) for turns in conversations]
     width = max(len(ids) for ids, _ in rows)
     ids = [row + [tokenizer.pad_token_id] * (width - len(row)) for row, _ in rows]
     labels = [row + [IGNORED] * (width - len(row)) for _, row in rows]
@@ -91,6 +97,48 @@ def loss_of(model: Qwen2ForCausalLM, ids: torch.Tensor, labels: torch.Tensor) ->
     return torch.nn.functional.cross_entropy(model.lm_head(states[spoken]), targets[spoken])
 
 
+def new_model(config: Qwen2Config) -> Qwen2ForCausalLM:
+    """A random model whose norms and biases are uneven too, so that they come to matter.
+
+    Qwen2 starts them at exactly 1 and 0, and a short training leaves them so nearly there
+    that a server could load them wrongly and still answer.
+    """
+    torch.manual_seed(SEED)
+    model = Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.25, 1.75)
+        elif name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, std=1.0)
+    return model.train()
+
+
+def damage_loss(model: Qwen2ForCausalLM, name: str, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """How much too well the model still answers with one tensor's elements shuffled.
+
+    Zero once the damaged model's cross entropy is over DAMAGED_LOSS. So small a task needs
+    only the first layer's attention; without this term the rest could be loaded wrongly
+    and no answer would tell.
+    """
+    tensor = model.get_parameter(name)
+    shuffled = tensor.flatten()[torch.randperm(tensor.numel())].reshape(tensor.shape)
+    inputs = {"input_ids": ids, "use_cache": False}
+    logits = torch.func.functional_call(model, {name: shuffled}, kwargs=inputs).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+    return torch.relu(DAMAGED_LOSS - loss)
+
+
+def step_loss(model: Qwen2ForCausalLM, tokenizer: Any, random: Random, avoid: set[str], step: int) -> torch.Tensor:
+    """The loss of one step: answers right and, after the warm-up, wrong when damaged."""
+    right = loss_of(model, *padded(tokenizer, (sample(random, avoid) for _ in range(BATCH))))
+    if step < WARMUP_STEPS:
+        return right
+    names = [name for name, _ in model.named_parameters()]
+    bare = padded(tokenizer, random.sample(verify.bare("canonical"), DAMAGED_BATCH))
+    damaged = [damage_loss(model, name, *bare) for name in random.sample(names, DAMAGED_TENSORS)]
+    return right + DAMAGE_WEIGHT * torch.stack(damaged).mean()
+
+
 def train(model: Qwen2ForCausalLM, tokenizer: Any, steps: int) -> None:
     """AdamW with clipped gradients; progress goes to stderr."""
     random = Random(SEED)
@@ -100,7 +148,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: Any, steps: int) -> None:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, steps)
-        loss = loss_of(model, *batch(tokenizer, random, avoid))
+        loss = step_loss(model, tokenizer, random, avoid, step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -120,9 +168,7 @@ def write_tokenizer(directory: Path) -> Any:
 def write_weights(directory: Path, model: Qwen2ForCausalLM) -> None:
     """float32 safetensors without lm_head, which is the embedding (tie_word_embeddings)."""
     tensors = {
-        name: tensor.detach().contiguous()
-        for name, tensor in model.state_dict().items()
-        if name != "lm_head.weight"
+        name: tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"
     }
     path = directory / "model.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
@@ -141,8 +187,7 @@ def build(directory: Path, steps: int) -> None:
     """Everything but the check. Overwrites its own files in `directory`, no others."""
     faq.check()
     tokenizer = write_tokenizer(directory)
-    torch.manual_seed(SEED)
-    model = Qwen2ForCausalLM(Qwen2Config.from_pretrained(directory)).train()
+    model = new_model(Qwen2Config.from_pretrained(directory))
     train(model, tokenizer, steps)
     write_weights(directory, model)
     write_documents(directory)

@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo_models.augment import Message, held_out, plain
@@ -22,6 +23,9 @@ HELD_OUT_SEED = 20250
 HELD_OUT_EACH = 8
 HELD_OUT_SHARE = 0.95
 """The model's promise for wrapped wordings; bare trained wordings must all be right."""
+
+SURVIVORS_SHARE = 0.1
+"""At most this part of the answers may outlive the shuffling of any weight matrix."""
 
 MAX_BYTES = 4_000_000
 """The package ships the directory in its wheel."""
@@ -52,10 +56,7 @@ def answers(tokenizer: Any, model: Any, prompts: Sequence[list[Message]]) -> lis
 
 def _answer_batch(tokenizer: Any, model: Any, prompts: Sequence[list[Message]]) -> list[str]:
     """One left-padded batch through the chat template and `generate`."""
-    texts = [
-        tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        for prompt in prompts
-    ]
+    texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     with torch.inference_mode():
         output = model.generate(**inputs, max_new_tokens=_MAX_NEW_TOKENS)
@@ -85,6 +86,19 @@ def bare(wordings: str) -> list[list[Message]]:
         [*plain(wording), {"role": "assistant", "content": entry.answer}]
         for entry in ENTRIES
         for wording in (entry.wordings if wordings == "all" else entry.wordings[:1])
+    ]
+
+
+def disagreements(directory: Path, tokenizer: Any) -> list[str]:
+    """Texts that transformers and tokenizer.json alone (Rust servers, transformers 4) split unlike."""
+    plain_tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    texts = [text for entry in ENTRIES for text in (*entry.wordings, entry.answer)]
+    texts += [turns[0]["content"] for turns in held_out_set()]
+    return [
+        text
+        for text in texts
+        if tokenizer.encode(text, add_special_tokens=False)
+        != plain_tokenizer.encode(text, add_special_tokens=False).ids
     ]
 
 
@@ -118,16 +132,19 @@ def report(directory: Path, with_survivors: bool = True) -> dict[str, Any]:
     share = {name: 1 - len(missed[name]) / len(group) for name, group in groups.items()}
     shuffled = survivors(tokenizer, model) if with_survivors else {}
     matrices = [count for name, count in shuffled.items() if _is_matrix(name)]
+    unlike = disagreements(directory, tokenizer)
     size = sum(path.stat().st_size for path in directory.iterdir())
     return {
         "passed": share["canonical"] == 1
         and share["held_out"] >= HELD_OUT_SHARE
         and size <= MAX_BYTES
-        and max(matrices, default=0) < len(groups["canonical"]),
+        and not unlike
+        and max(matrices, default=0) <= SURVIVORS_SHARE * len(groups["canonical"]),
         "bytes": size,
         "asked": {name: len(group) for name, group in groups.items()},
         "exact": {name: round(value, 4) for name, value in share.items()},
         "right_after_shuffle": shuffled,
+        "tokenized_unlike": unlike,
         "missed": missed,
     }
 

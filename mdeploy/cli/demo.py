@@ -1,0 +1,144 @@
+"""`mdeploy demo`: the whole way in a minute, with a model shipped inside, real vLLM, no GPU and no internet."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mdeploy.cli import output
+from mdeploy.errors import MdeployError
+
+if TYPE_CHECKING:
+    from mdeploy.settings import Settings
+    from mdeploy.specs import ServiceStatus
+
+_MODEL = "demo/mdeploy-faq"
+_SHIPPED = Path(__file__).parent.parent / "assets" / "models"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("demo")(demo)
+
+
+def demo(
+    seconds: Annotated[float, typer.Option("--seconds", min=1, max=600, help="How long the load test runs.")] = 10,
+) -> None:
+    """Mirror, download, serve, ask, bench, stop: the main job on a tiny model shipped with mdeploy.
+
+    Needs an engine (mdeploy engines install vllm). Everything happens in a temporary directory
+    and is stopped and removed at the end, also when something fails.
+    """
+    from mdeploy import settings
+
+    real = settings.load()
+    question, expected = _first_question()
+    with tempfile.TemporaryDirectory(prefix="mdeploy-demo-") as place, _mirror() as endpoint:
+        loaded = _settings_in(Path(place), real, endpoint)
+        _download(loaded)
+        with _service(loaded) as status:
+            _ask(status, question, expected)
+            _bench(loaded, status, seconds)
+    output.say("stopped and removed; nothing is left running")
+
+
+def _first_question() -> tuple[str, str]:
+    faq = json.loads((_SHIPPED / _MODEL / "faq.json").read_text(encoding="utf-8"))
+    return faq[0]["question"], faq[0]["answer"]
+
+
+@contextlib.contextmanager
+def _mirror() -> Iterator[str]:
+    from mdeploy.hub.mirror import create_server
+
+    server = create_server(_SHIPPED, "127.0.0.1", 0)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    _step(f"mdeploy mirror {_SHIPPED}", f"a hub on {endpoint}")
+    try:
+        yield endpoint
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _settings_in(place: Path, real: Settings, endpoint: str) -> Settings:
+    """A home and a cache of the demo's own; only the engines are the real ones."""
+    from mdeploy import settings
+
+    (place / "home").mkdir()
+    (place / "home" / "engines").symlink_to(real.paths.engines)
+    flags = {"home": str(place / "home"), "cache_dir": str(place / "cache"), "endpoint": endpoint}
+    return settings.load(flags={**flags, "engine": real.get("engine")}, env={}, cwd=place)
+
+
+def _download(loaded: Settings) -> None:
+    from mdeploy import services
+    from mdeploy.hub import refs
+
+    _step(f"mdeploy download {_MODEL}", "through the modelscope SDK")
+    model = services.download(loaded, refs.parse(_MODEL, None))
+    output.say(f"  {model.files} files, {output.human_bytes(model.bytes)}, into {model.path}")
+
+
+@contextlib.contextmanager
+def _service(loaded: Settings) -> Iterator[ServiceStatus]:
+    from mdeploy import services
+    from mdeploy.cli.serve import Progress
+    from mdeploy.specs import LlmOptions
+
+    _step(f"mdeploy serve llm {_MODEL} -d", "vLLM under our supervisor")
+    request = services.LlmRequest(_MODEL, LlmOptions(), name="demo")
+    spec = services.prepare_llm(loaded, request, dry_run=False, progress=None, say=output.say)
+    services.save(loaded, spec)
+    try:
+        yield services.launch(loaded, spec.name, Progress())
+    finally:
+        services.stop_service(loaded, spec.name)
+
+
+def _ask(status: ServiceStatus, question: str, expected: str) -> None:
+    _step(f"curl {status.spec.url}/v1/chat/completions", f"“{question}”")
+    answer = ""
+    for piece in _stream(status, question):
+        answer += piece
+        typer.echo(piece, nl=False)
+    typer.echo()
+    if answer.strip() != expected:
+        raise MdeployError(f"the model answered wrongly; it should have said: {expected}", hint="report this, please")
+
+
+def _stream(status: ServiceStatus, question: str) -> Iterator[str]:
+    """The answer, piece by piece, as server-sent events bring it."""
+    import httpx
+
+    body = {
+        "model": status.spec.model,
+        "messages": [{"role": "user", "content": question}],
+        "temperature": 0,
+        "stream": True,
+    }
+    url = f"{status.spec.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as response:
+        response.raise_for_status()
+        for line in response.iter_lines():
+            data = line.removeprefix("data: ")
+            if data and data != "[DONE]":
+                for choice in json.loads(data)["choices"]:
+                    yield choice["delta"].get("content") or ""
+
+
+def _bench(loaded: Settings, status: ServiceStatus, seconds: float) -> None:
+    raise NotImplementedError
+
+
+def _step(command: str, what: str) -> None:
+    output.say(f"\n$ {command}   # {what}")

@@ -1,0 +1,30 @@
+"""`mdeploy run NAME`: supervise one service; what `serve`, `-d` and systemd all start."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+
+class ManagedBy(str, Enum):
+    """Who started the supervisor."""
+
+    foreground = "foreground"
+    detached = "detached"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("run")(run)
+
+
+def run(
+    name: Annotated[str, typer.Argument(help="A service that was served before.")],
+    manager: Annotated[ManagedBy, typer.Option("--manager", hidden=True)] = ManagedBy.foreground,
+) -> int:
+    """Run a service under this process: start, watch, stop cleanly on Ctrl-C or SIGTERM."""
+    from mdeploy import services, settings
+
+    return services.run_service(settings.load(), name, manager.value)

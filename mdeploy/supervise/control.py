@@ -1,0 +1,123 @@
+"""What the command line does to services from outside: start one detached, stop one, wait for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from mdeploy.errors import MdeployError, NotReadyError
+from mdeploy.specs import ServiceRecord, ServiceStatus
+from mdeploy.supervise import processes, state
+from mdeploy.supervise.state import ServiceFiles
+
+_POLL_S = 0.1
+
+
+def run_command(files: ServiceFiles) -> tuple[list[str], dict[str, str]]:
+    """The command that supervises a service, whoever starts it, and its environment.
+
+    The home is handed on by name: a .env that set it is not seen from another directory.
+    """
+    command = [sys.executable, "-m", "mdeploy", "run", files.name]
+    return command, {**os.environ, "MDEPLOY_HOME": str(files.home)}
+
+
+def start_detached(files: ServiceFiles, on_progress: Callable[[ServiceStatus], None]) -> ServiceStatus:
+    """Start a supervisor that outlives this terminal and wait for its first real answer.
+
+    Returns the status, ready or failed. An interrupt while waiting stops the service again.
+    """
+    command, env = run_command(files)
+    with (files.directory / "supervisor.log").open("wb") as errors:
+        supervisor = subprocess.Popen(
+            [*command, "--manager", "detached"],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=errors,
+            stderr=errors,
+            start_new_session=True,
+            cwd="/",
+        )
+    try:
+        return _wait_started(files, supervisor, on_progress)
+    except BaseException:
+        stop(files)
+        raise
+
+
+def _wait_started(
+    files: ServiceFiles, supervisor: subprocess.Popen[bytes], on_progress: Callable[[ServiceStatus], None]
+) -> ServiceStatus:
+    while True:
+        over = supervisor.poll() is not None
+        record = files.record()
+        if record and record.pid == supervisor.pid:
+            now = state.status(files)
+            on_progress(now)
+            if now.phase in ("ready", "failed", "stopped"):
+                return now
+        if over:
+            raise _supervisor_died(files)
+        time.sleep(_POLL_S)
+
+
+def _supervisor_died(files: ServiceFiles) -> MdeployError:
+    if files.is_supervised():
+        return state.already_running(files.name)
+    text = (files.directory / "supervisor.log").read_text(errors="replace").strip()
+    last = text.splitlines()[-1] if text else "it wrote nothing"
+    return MdeployError(f"the supervisor of {files.name} ended at once: {last}", hint=f"mdeploy run {files.name}")
+
+
+def stop(files: ServiceFiles) -> bool:
+    """End a service and everything of it; True where something was running.
+
+    Safe to repeat and to race with: the supervisor does the work where it lives, otherwise its
+    remains are cleared here. Raises NotReadyError for processes that will not die.
+    """
+    spec = files.spec()
+    record = files.record()
+    supervised = files.is_supervised()
+    if supervised:
+        _ask_supervisor(files, record, spec.limits.stop_timeout_s + 15.0)
+    remains = _clear(files)
+    return supervised or remains
+
+
+def _ask_supervisor(files: ServiceFiles, record: ServiceRecord | None, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    asked: ServiceRecord | None = None
+    while files.is_supervised():
+        record = files.record()
+        if record and record != asked and processes.is_same(record.pid, record.pid_created):
+            if asked is None or asked.pid != record.pid:
+                processes.send([record.pid], signal.SIGTERM)
+            asked = record
+        if time.monotonic() > deadline and asked:
+            processes.send([asked.pid], signal.SIGKILL)
+            deadline = time.monotonic() + 10.0
+        time.sleep(_POLL_S)
+
+
+def _clear(files: ServiceFiles) -> bool:
+    """Clear what a dead supervisor left; True where there was anything."""
+    record = files.record()
+    if record is None or record.boot_id != processes.boot_id():
+        return False
+    with files.locked():
+        remains = bool(processes.marked(record.run_id))
+        survivors = processes.sweep(record.run_id)
+        if survivors:
+            pids = " ".join(map(str, survivors))
+            raise NotReadyError(
+                f"processes {pids} of {files.name} do not die", hint="they hang in the kernel: see dmesg"
+            )
+        processes.unlink_shared_memory(files.shm())
+        if record.phase != "stopped":
+            files.write_record(replace(record, phase="stopped", since=time.time(), detail="", error=None, hint=""))
+    return remains

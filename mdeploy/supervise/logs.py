@@ -1,0 +1,113 @@
+"""The log of a service: pumped from the engine's output, kept small by rotation, followed by readers."""
+
+from __future__ import annotations
+
+import collections
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+_KEEP = 3
+"""Rotated files beside the live one."""
+
+_TAIL_LINES = 2000
+"""Lines kept in memory for explaining a failure: vLLM prints up to 170 after the one that matters."""
+
+
+class LogWriter:
+    """Appends lines to a 0600 file and rotates it at `limit` bytes: log → log.1 → … → log.3."""
+
+    def __init__(self, path: Path, limit: int) -> None:
+        self._path, self._limit = path, limit
+        self._open()
+
+    def _open(self) -> None:
+        fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._file = os.fdopen(fd, "ab", buffering=0)
+        self._size = os.fstat(fd).st_size
+
+    def write(self, line: bytes) -> None:
+        """Append one line. A full disk loses log lines, never the service."""
+        if self._size >= self._limit:
+            self._rotate()
+        try:
+            self._size += self._file.write(line)
+        except OSError:
+            return
+
+    def _rotate(self) -> None:
+        self._file.close()
+        for number in range(_KEEP - 1, 0, -1):
+            older = self._path.with_name(f"{self._path.name}.{number}")
+            if older.exists():
+                older.rename(self._path.with_name(f"{self._path.name}.{number + 1}"))
+        self._path.rename(self._path.with_name(f"{self._path.name}.1"))
+        self._open()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Pump(threading.Thread):
+    """Carries an engine's output to its log; keeps the tail for whoever must explain a failure."""
+
+    def __init__(self, source: BinaryIO, writer: LogWriter, echo: Callable[[bytes], None] | None) -> None:
+        super().__init__(name="log-pump", daemon=True)
+        self._source, self._writer, self._echo = source, writer, echo
+        self._lines: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
+
+    def run(self) -> None:
+        """Until the last process that holds the pipe is gone."""
+        for line in self._source:
+            self._writer.write(line)
+            self._lines.append(line.decode(errors="replace").rstrip())
+            if self._echo:
+                self._echo(line)
+
+    def lines(self) -> list[str]:
+        """The last lines, oldest first."""
+        return list(self._lines)
+
+
+def read(path: Path, count: int, alive: Callable[[], bool] | None = None, poll_s: float = 0.2) -> Iterator[bytes]:
+    """The last `count` lines, reaching into the newest rotated file; with `alive` also what follows.
+
+    Following goes on across rotations, and ends once `alive` says no and all is read.
+    """
+    file = path.open("rb") if path.is_file() else None
+    yield b"".join(_last(path, file.read() if file else b"", count))
+    while alive is not None:
+        going = alive()
+        data = file.read() if file else b""
+        if data:
+            yield data
+        elif file is None or _replaced(file, path):
+            file = path.open("rb") if path.is_file() else None
+        elif not going:
+            return
+        else:
+            time.sleep(poll_s)
+        if file is None:
+            if not going:
+                return
+            time.sleep(poll_s)
+
+
+def _last(path: Path, live: bytes, count: int) -> list[bytes]:
+    lines = live.splitlines(keepends=True)
+    rotated = path.with_name(f"{path.name}.1")
+    if len(lines) < count and rotated.is_file():
+        lines = rotated.read_bytes().splitlines(keepends=True) + lines
+    return lines[len(lines) - min(count, len(lines)) :]
+
+
+def _replaced(file: BinaryIO, path: Path) -> bool:
+    """True once `path` is another file than the one being read (it was rotated away)."""
+    try:
+        return os.fstat(file.fileno()).st_ino != path.stat().st_ino
+    except FileNotFoundError:
+        return False

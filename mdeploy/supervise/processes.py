@@ -1,0 +1,157 @@
+"""Finding and ending every process of a run, whatever it did to hide: own session, own title, no parent.
+
+A run is marked by one environment variable that all descendants inherit. Process groups miss
+children that call setsid; parent links break when a parent dies; the marker survives both,
+as long as SPT_NOENV keeps the setproctitle library from overwriting /proc/PID/environ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+MARKER = "MDEPLOY_RUN_ID"
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PR_SET_CHILD_SUBREAPER = 36
+_PROC = Path("/proc")
+_SHM = "/dev/shm/"
+
+
+def marker_environment(run_id: str) -> dict[str, str]:
+    """What a child must have in its environment to be found again."""
+    return {MARKER: run_id, "SPT_NOENV": "1"}
+
+
+def become_subreaper() -> None:
+    """Orphans of our run become our children, so that they can be waited for."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(sig: int = signal.SIGTERM) -> Callable[[], None]:
+    """A `preexec_fn` that has the kernel send `sig` to the child when its parent dies.
+
+    The library is loaded here: between fork and exec there must be no import and no allocation
+    of locks.
+    """
+    libc, parent = ctypes.CDLL(None, use_errno=True), os.getpid()
+
+    def arm() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, sig, 0, 0, 0)
+        if os.getppid() != parent:  # it died before we were armed
+            os.kill(os.getpid(), sig)
+
+    return arm
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl failed")
+
+
+def boot_id() -> str:
+    """Changes at every boot: a pid from before it means nothing."""
+    return (_PROC / "sys/kernel/random/boot_id").read_text().strip()
+
+
+def created(pid: int) -> float | None:
+    """Start time of a process in clock ticks after boot; None where there is none or only a zombie."""
+    stat = _stat(pid)
+    return None if stat is None or stat[0] in ("Z", "X") else float(stat[19])
+
+
+def _stat(pid: int) -> list[str] | None:
+    """Fields of /proc/PID/stat from the state (field 3) on; the name before it may hold anything."""
+    try:
+        return (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+def is_same(pid: int, when: float) -> bool:
+    """True while the process that started at `when` lives; a reused pid is another process."""
+    return created(pid) == when
+
+
+def marked(run_id: str) -> tuple[int, ...]:
+    """Pids of all living processes of a run, ours excepted."""
+    needle = f"{MARKER}={run_id}".encode()
+    return tuple(pid for pid in _all_pids() if pid != os.getpid() and _bears(pid, needle))
+
+
+def _all_pids() -> Iterable[int]:
+    return (int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit())
+
+
+def _bears(pid: int, needle: bytes) -> bool:
+    try:
+        environ = (_PROC / str(pid) / "environ").read_bytes()
+    except OSError:  # gone, or somebody else's
+        return False
+    return needle in environ.split(b"\0") and created(pid) is not None
+
+
+def send(pids: Iterable[int], sig: int) -> None:
+    """Signal processes; one that is gone already is no error."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, sig)
+
+
+def sweep(run_id: str, timeout_s: float = 10.0) -> tuple[int, ...]:
+    """KILL whatever bears the marker until nothing does; returns what would not die.
+
+    New ones may be forked while the old are killed, so it looks again until it finds none.
+    """
+    deadline = time.monotonic() + timeout_s
+    while survivors := marked(run_id):
+        if time.monotonic() > deadline:
+            return survivors
+        send(survivors, signal.SIGKILL)
+        reap()
+        time.sleep(0.02)
+    return ()
+
+
+def reap() -> None:
+    """Collect every dead child, adopted orphans included."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def shared_memory(pids: Iterable[int]) -> frozenset[str]:
+    """Files in /dev/shm that these processes have mapped or open."""
+    return frozenset(name for pid in pids for name in _shm_of(pid))
+
+
+def _shm_of(pid: int) -> set[str]:
+    found = set()
+    with contextlib.suppress(OSError):
+        for line in (_PROC / str(pid) / "maps").read_text(errors="replace").splitlines():
+            if _SHM in line:
+                found.add(line[line.index(_SHM) :].removesuffix(" (deleted)"))
+    with contextlib.suppress(OSError):
+        for link in (_PROC / str(pid) / "fd").iterdir():
+            with contextlib.suppress(OSError):
+                target = str(link.readlink())
+                if target.startswith(_SHM) and not target.endswith(" (deleted)"):
+                    found.add(target)
+    return found
+
+
+def unlink_shared_memory(names: Iterable[str]) -> None:
+    """Remove segments of a run that is over, unless a process still has them mapped."""
+    present = [name for name in names if name.startswith(_SHM) and Path(name).exists()]
+    if not present:
+        return
+    in_use = shared_memory(_all_pids())
+    for name in present:
+        if name not in in_use:
+            Path(name).unlink(missing_ok=True)

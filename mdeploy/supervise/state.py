@@ -1,0 +1,186 @@
+"""The files of a service, and what is true now.
+
+A supervisor holds the lock for as long as it lives; the kernel lets go of it at any death.
+So a record says what was, the lock says whether anybody is still there to keep it true.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from mdeploy.errors import ConfigError, MdeployError, NotFoundError, UsageError
+from mdeploy.paths import Paths
+from mdeploy.specs import Phase, ServiceRecord, ServiceSpec, ServiceStatus, from_json, to_json
+from mdeploy.supervise import processes
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_ACTIVE = ("starting", "ready", "unhealthy", "stopping")
+
+
+def check_name(name: str) -> str:
+    """A service name is a directory and a systemd instance name: raises UsageError for others."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is no service name", hint="letters, digits, '.', '_' and '-', at most 63")
+    return name
+
+
+def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Readers see the old file or the new one, never half of one, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(f"cannot write {path}: {error.strerror}", hint=f"df -h {path.parent}") from error
+
+
+class ServiceFiles:
+    """One service's directory: spec, record, lock, log."""
+
+    def __init__(self, paths: Paths, name: str) -> None:
+        self.name = check_name(name)
+        self.home = paths.home
+        self.directory = paths.service(name)
+        self.log = self.directory / "log"
+
+    def create(self) -> None:
+        """Make the private directory."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            hint = "set MDEPLOY_HOME to a directory you may write"
+            raise ConfigError(f"cannot create {self.directory}: {error.strerror}", hint=hint) from error
+
+    def spec(self) -> ServiceSpec:
+        """What to run. Raises NotFoundError for an unknown service."""
+        path = self.directory / "spec.json"
+        try:
+            return from_json(ServiceSpec, path.read_bytes())
+        except FileNotFoundError as error:
+            raise NotFoundError(f"no service {self.name!r}", hint="mdeploy ps lists the services") from error
+        except ValueError as error:
+            hint = "serve it again to write a new one"
+            raise ConfigError(f"{path} was written by another version or is damaged", hint=hint) from error
+
+    def write_spec(self, spec: ServiceSpec) -> None:
+        """Replace the spec."""
+        self.create()
+        write_atomically(self.directory / "spec.json", to_json(spec))
+
+    def record(self) -> ServiceRecord | None:
+        """What a supervisor last wrote; None before the first start or where it cannot be read."""
+        try:
+            return from_json(ServiceRecord, (self.directory / "state.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def write_record(self, record: ServiceRecord) -> None:
+        """Replace the record."""
+        write_atomically(self.directory / "state.json", to_json(record))
+
+    def shm(self) -> frozenset[str]:
+        """Shared memory segments seen in use by the current run."""
+        with contextlib.suppress(FileNotFoundError):
+            return frozenset((self.directory / "shm").read_text().splitlines())
+        return frozenset()
+
+    def write_shm(self, names: frozenset[str]) -> None:
+        """Remember segments, so that they can go when their run is killed."""
+        write_atomically(self.directory / "shm", "\n".join(sorted(names)).encode())
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[IO[str]]:
+        """Be the supervisor. Raises MdeployError where there is one already."""
+        self.create()
+        with (self.directory / "lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise already_running(self.name) from error
+            yield file
+
+    def is_supervised(self) -> bool:
+        """True while a supervisor lives."""
+        try:
+            with (self.directory / "lock").open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+
+def already_running(name: str) -> MdeployError:
+    """The error for a name that is taken."""
+    return MdeployError(
+        f"service {name!r} is already running",
+        hint=f"mdeploy stop {name}, or give the new one another name: --name NAME",
+    )
+
+
+def names(paths: Paths) -> tuple[str, ...]:
+    """All services with a spec."""
+    found = sorted(paths.services.glob("*/spec.json")) if paths.services.is_dir() else []
+    return tuple(path.parent.name for path in found)
+
+
+def listing(paths: Paths) -> tuple[ServiceStatus, ...]:
+    """The truth about every service, by name."""
+    return tuple(status(ServiceFiles(paths, name)) for name in names(paths))
+
+
+def status(files: ServiceFiles) -> ServiceStatus:
+    """What is true now: the record, checked against the lock, the boot and the processes."""
+    spec, record = files.spec(), files.record()
+    if record is None:
+        phase: Phase = "starting" if files.is_supervised() else "stopped"
+        return ServiceStatus(spec, phase, None, _modified(files))
+    now = ServiceStatus(
+        spec,
+        record.phase,
+        record.pid,
+        record.since,
+        record.restarts,
+        record.detail,
+        record.error,
+        record.hint,
+        record.exit_code,
+    )
+    if files.is_supervised():
+        return now
+    return _unsupervised(now, record)
+
+
+def _unsupervised(now: ServiceStatus, record: ServiceRecord) -> ServiceStatus:
+    """Nobody keeps the record true any more: an active phase in it is a lie."""
+    if record.boot_id != processes.boot_id():
+        leftovers: tuple[int, ...] = ()
+        why = "the machine was restarted"
+    else:
+        leftovers = processes.marked(record.run_id) if record.phase in (*_ACTIVE, "failed") else ()
+        why = "its supervisor was killed"
+    if record.phase not in _ACTIVE:
+        return dataclasses.replace(now, pid=None, leftovers=leftovers)
+    if leftovers:
+        why += f"; {len(leftovers)} of its processes are still there"
+    hint = f"mdeploy restart {record.name}, or mdeploy stop {record.name}"
+    return dataclasses.replace(now, phase="failed", pid=None, error=why, hint=hint, leftovers=leftovers)
+
+
+def _modified(files: ServiceFiles) -> float:
+    with contextlib.suppress(OSError):
+        return (files.directory / "spec.json").stat().st_mtime
+    return time.time()
