@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-_FOREIGN = (
-    "MODELSCOPE_",
-    "MDEPLOY_",
-    "VLLM_",
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "ALL_PROXY",
-    "NO_PROXY",
-    "OPENAI_",
-)
+from tests import support
+from tests.fakes import vllm_env
+
+_FOREIGN = ("MODELSCOPE_", "MDEPLOY_", "VLLM_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "OPENAI_")
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty MDEPLOY_HOME; the model cache beside it."""
-    import os
-
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty MDEPLOY_HOME, the model cache beside it; no process of it outlives the test."""
     for name in list(os.environ):
         if name.upper().startswith(_FOREIGN):
             monkeypatch.delenv(name)
@@ -30,4 +25,36 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MDEPLOY_HOME", str(path))
     monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
+    yield path
+    if (path / "services").is_dir():
+        stopped = support.mdeploy("stop", "--all", MDEPLOY_HOME=str(path))
+        assert stopped.code == 0, stopped.stderr
+    assert support.processes_with(f"MDEPLOY_HOME={path}") == []
+
+
+@pytest.fixture
+def fake_engine(home: Path, tmp_path: Path) -> Path:
+    """A stand-in CPU vLLM, adopted; returns its interpreter."""
+    python = vllm_env.make(tmp_path / "fake-vllm")
+    result = support.mdeploy("engines", "install", "vllm", "--python", python)
+    assert result.code == 0, result.stderr
+    return python
+
+
+@pytest.fixture(scope="session")
+def engines_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with the real vLLM, installed by our own command; kept in ~/.cache by what it was made from."""
+    source = (support.REPO / "mdeploy/engines/install.py").read_bytes()
+    path = Path.home() / ".cache" / "mdeploy-tests" / hashlib.sha256(source).hexdigest()[:16]
+    if not support.mdeploy("engines", "ls", "--json", MDEPLOY_HOME=str(path)).json["engines"]:
+        result = support.mdeploy("engines", "install", "vllm", timeout=1200, MDEPLOY_HOME=str(path))
+        assert result.code == 0, result.stderr
     return path
+
+
+@pytest.fixture
+def real_engine(home: Path, engines_home: Path) -> Path:
+    """The real vLLM in this test's own home; returns its interpreter."""
+    home.mkdir(exist_ok=True)
+    (home / "engines").symlink_to(engines_home / "engines")
+    return Path(str(support.mdeploy("engines", "ls", "--json").json["engines"][0]["python"]))

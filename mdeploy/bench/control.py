@@ -35,9 +35,7 @@ class Control:
         self._options = options
         self._endpoint = targets.for_endpoint(options.endpoint)
         headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
-        self._http = httpx.Client(
-            base_url=self.root, headers=headers, trust_env=False, timeout=_QUESTION_TIMEOUT_S
-        )
+        self._http = httpx.Client(base_url=self.root, headers=headers, trust_env=False, timeout=_QUESTION_TIMEOUT_S)
 
     def __enter__(self) -> Control:
         return self
@@ -63,9 +61,7 @@ class Control:
             return self._target.model
         models = self.models()
         if not models:
-            raise NotFoundError(
-                f"{self.root} does not say which models it serves", hint="name one with --model"
-            )
+            raise NotFoundError(f"{self.root} does not say which models it serves", hint="name one with --model")
         return models[0]
 
     def models(self) -> tuple[str, ...]:
@@ -140,8 +136,9 @@ class Control:
                 f"{self.root}{self._endpoint.path} does not stream its answers",
                 hint="bench needs an OpenAI-compatible server that honours stream: true",
             )
-        if '"error":' in response.text and "[DONE]" not in response.text.rsplit('"error":', 1)[0]:
-            raise UnavailableError(f"{self.root} fails while answering: {_words(response)}")
+        error = _error_in(response.text)
+        if error is not None:
+            raise UnavailableError(f"{self.root} fails while answering: {error}")
 
     def _ask(
         self,
@@ -179,6 +176,22 @@ def _object(response: httpx.Response) -> Mapping[str, Any]:
     except ValueError:
         return {}
     return document if isinstance(document, dict) else {}
+
+
+def _error_in(stream: str) -> str | None:
+    """The message of an error inside a stream that began well."""
+    import orjson
+
+    for line in stream.splitlines():
+        payload = line.removeprefix("data:").strip()
+        if line.startswith("data:") and payload.startswith("{"):
+            try:
+                error = targets.error_of(orjson.loads(payload))
+            except orjson.JSONDecodeError:
+                return f"not JSON: {payload[:_ANSWER_BYTES]}"
+            if error is not None:
+                return error[:_ANSWER_BYTES]
+    return None
 
 
 def _words(response: httpx.Response) -> str:

@@ -119,8 +119,8 @@ def run(plan: LoadPlan, on_progress: OnProgress | None = None) -> Outcome:
 
 
 def _measure(children: Sequence[_Child], on_progress: OnProgress | None) -> bool:
+    _gather(children, lambda child: child.ready, time.monotonic() + _READY_S, None)
     try:
-        _gather(children, lambda child: child.ready, time.monotonic() + _READY_S, None)
         for child in children:
             child.say(GO)
         _gather(children, lambda child: child.report is not None, None, on_progress)

@@ -51,9 +51,7 @@ def root_url(target: BenchTarget) -> str:
     root = target.base_url.rstrip("/").removesuffix("/v1").rstrip("/")
     parts = urlsplit(root)
     if parts.scheme == "https":
-        raise UsageError(
-            "bench cannot measure through TLS yet", hint="point it at the http port behind the proxy"
-        )
+        raise UsageError("bench cannot measure through TLS yet", hint="point it at the http port behind the proxy")
     if parts.scheme != "http" or not parts.hostname or parts.username or parts.query or parts.fragment:
         raise UsageError(f"not the URL of a server: {target.base_url}", hint="mdeploy bench http://HOST:PORT")
     try:
@@ -126,9 +124,7 @@ def request_bytes(plan: LoadPlan, number: int) -> bytes:
     nonce = spell(number, plan.nonce, plan.nonce_length).encode()
     tail = plan.tails[number % len(plan.tails)]
     length = len(plan.body_start) + len(nonce) + len(tail) + len(plan.body_end)
-    return b"".join(
-        (plan.head, str(length).encode(), b"\r\n\r\n", plan.body_start, nonce, tail, plan.body_end)
-    )
+    return b"".join((plan.head, str(length).encode(), b"\r\n\r\n", plan.body_start, nonce, tail, plan.body_end))
 
 
 def worker_count(options: BenchOptions) -> int:

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from mdeploy.errors import UsageError
 
 # Common, short, lower case: one token each (with the space before) in every large vocabulary.
-WORDS = tuple(
-    "time year people way day man thing world life hand part child eye woman place work week case point "
-    "company number group problem fact water house story game power country book side line end city team "
-    "state family night study idea level field table color paper music river light north south door fire "
-    "road tree sound voice street plan price".split()
-)
+_WORD_LIST = """
+time year people way day man thing world life hand part child eye woman place work week case point
+company number group problem fact water house story game power country book side line end city team
+state family night study idea level field table color paper music river light north south door fire
+road tree sound voice street plan price
+"""
+WORDS = tuple(_WORD_LIST.split())
 _OPENING = "Write"
 _NONCE_WORDS = 4
 _MOST_TAILS = 64

@@ -22,8 +22,7 @@ def summarize(values: Sequence[float]) -> Percentiles:
     count = len(ordered)
     mean = math.fsum(ordered) / count if count else None
     figures = {
-        name: _interpolate(ordered, _QUANTILES[name]) if count >= needed else None
-        for name, needed in NEEDED.items()
+        name: _interpolate(ordered, _QUANTILES[name]) if count >= needed else None for name, needed in NEEDED.items()
     }
     return Percentiles(count=count, mean=mean, **figures)
 

@@ -16,6 +16,8 @@ from mdeploy.specs import LoadPlan, Sample
 
 READY = "ready"
 GO = b"\n"
+CANCELLED = "cancelled"
+"""The `error` of a sample whose request an interrupt cut off."""
 _LENGTH_BYTES = 4
 
 
@@ -51,7 +53,6 @@ class WorkerReport:
     gaps: Histogram
     lag: Histogram
     cpu_share: float
-    cancelled: int
     reads: int
     unstamped_reads: int
     coalesced_reads: int

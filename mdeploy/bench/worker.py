@@ -18,7 +18,7 @@ from mdeploy.bench import clock, targets
 from mdeploy.bench.plan import request_bytes
 from mdeploy.bench.stats import Histogram
 from mdeploy.bench.stream import Counters, Stream
-from mdeploy.bench.wire import READY, Job, Tick, WorkerReport, frame, read_frame
+from mdeploy.bench.wire import CANCELLED, READY, Job, Tick, WorkerReport, frame, read_frame
 from mdeploy.specs import Sample
 
 _READ_BYTES = 65_536
@@ -75,7 +75,7 @@ class Worker:
         self._samples: list[Sample] = []
         self._watch = clock.StepWatch()
         self._begun = self._running = self._failed = 0
-        self._reads = self._unstamped = self._cancelled = 0
+        self._reads = self._unstamped = 0
         self._start_ns = self._drain_ns = self._stop_ns = 0
         self._cpu = (0.0, 0.0)
         self._stopping = False
@@ -105,6 +105,7 @@ class Worker:
             self._begin(slot)
         self._loop()
         self._drain(time.time_ns())
+        self._cut_off()
         return self._report()
 
     def _loop(self) -> None:
@@ -120,6 +121,13 @@ class Worker:
             if polled >= next_report:
                 self._tell()
                 next_report = polled + _REPORT_NS
+
+    def _cut_off(self) -> None:
+        """Note what an interrupt left unfinished."""
+        now = time.time_ns()
+        for slot in self._slots:
+            if slot.stream is not None:
+                self._samples.append(_sample(slot, slot.stream, CANCELLED, now))
 
     def _on_event(self, fd: int, mask: int, polled: int) -> None:
         slot = self._by_fd.get(fd)
@@ -297,7 +305,6 @@ class Worker:
             gaps=counters.gaps,
             lag=self._lag,
             cpu_share=(self._cpu[1] - self._cpu[0]) / wall,
-            cancelled=self._running,
             reads=self._reads,
             unstamped_reads=self._unstamped,
             coalesced_reads=counters.coalesced_reads,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,11 @@ from mdeploy.hub.store import PARTIAL, flaw
 # A part of many models; every other hidden name is somebody's bookkeeping (.git, .msc, .cache) or secret.
 _VISIBLE = frozenset({".gitattributes", ".gitignore"})
 _BLOCK = 1 << 20
+# A client asks for the files of a listing one after the other; the disk need not be walked for each.
+_FRESH_S = 2.0
+# What makes OWNER/NAME a model and not just two directories: a mirror must not give away a home directory.
+_CONFIGS = frozenset({"config.json", "configuration.json", "model_index.json"})
+_WEIGHTS = frozenset({".safetensors", ".gguf", ".onnx", ".bin", ".pt", ".pth"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,10 @@ class Snapshot:
         """Size of all files."""
         return sum(file.size for file in self.files)
 
+    def file(self, path: str) -> RepoFile | None:
+        """A file by its path; None for one that is not part of the model."""
+        return next((file for file in self.files if file.path == path), None)
+
     @property
     def trees(self) -> tuple[str, ...]:
         """Directories within the model, as a hub lists them."""
@@ -51,6 +61,7 @@ class Catalog:
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self._hashes = _Hashes()
+        self._recent: dict[tuple[str, str], tuple[float, Snapshot]] = {}
 
     def ids(self) -> tuple[str, ...]:
         """Every model that can be served, sorted."""
@@ -65,7 +76,18 @@ class Catalog:
         return {revision: path for revision, path in sorted(places.items()) if flaw(path) is None}
 
     def snapshot(self, model: str, revision: str) -> Snapshot | None:
-        """A model at a branch or commit, every file hashed: slow once, then a matter of `stat`."""
+        """A model at a branch or commit, every file hashed: slow once, then a matter of `stat`.
+
+        Raises OSError for a file that cannot be read.
+        """
+        taken, found = self._recent.get((model, revision), (0.0, None))
+        if found is None or time.monotonic() - taken > _FRESH_S:
+            found = self._find(model, revision)
+            if found is not None:
+                self._recent[model, revision] = (time.monotonic(), found)
+        return found
+
+    def _find(self, model: str, revision: str) -> Snapshot | None:
         known = self.revisions(model)
         if revision in known:
             return self._read(model, revision, known[revision])
@@ -73,11 +95,6 @@ class Catalog:
             return None
         every = (self._read(model, name, path) for name, path in known.items())
         return next((found for found in every if found.commit == revision), None)
-
-    def file(self, snapshot: Snapshot, path: str) -> Path | None:
-        """Where a listed file is on the disk; None for everything else."""
-        listed = any(file.path == path for file in snapshot.files)
-        return snapshot.path / path if listed else None
 
     def _read(self, model: str, revision: str, directory: Path) -> Snapshot:
         entries = sorted(_walk(directory, self.root, (directory,)))
@@ -96,7 +113,8 @@ class Catalog:
                     yield from self._inside(path.name, path)
         for base in self._bases():
             for spelling in dict.fromkeys((name, name.replace(".", "___"))):
-                yield from self._inside(DEFAULT_REVISION, base / owner / spelling)
+                if _looks_like_model(base / owner / spelling):
+                    yield from self._inside(DEFAULT_REVISION, base / owner / spelling)
 
     def _inside(self, revision: str, path: Path) -> Iterator[tuple[str, Path]]:
         real = path.resolve()
@@ -113,15 +131,20 @@ class _Hashes:
 
     def of(self, path: Path) -> tuple[int, str]:
         """(size, sha256); a second asker waits for the first instead of reading the file again."""
-        with self._busy.setdefault(str(path), threading.Lock()), path.open("rb", buffering=0) as file:
-            stat = os.fstat(file.fileno())
+        with self._busy.setdefault(str(path), threading.Lock()):
+            stat = path.stat()
             key = (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
             if key not in self._known:
-                digest, block = hashlib.sha256(), bytearray(_BLOCK)
-                while count := file.readinto(block):
-                    digest.update(memoryview(block)[:count])
-                self._known[key] = digest.hexdigest()
+                self._known[key] = _sha256(path)
             return stat.st_size, self._known[key]
+
+
+def _sha256(path: Path) -> str:
+    digest, block = hashlib.sha256(), bytearray(_BLOCK)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(memoryview(block)[:count])
+    return digest.hexdigest()
 
 
 def _ids_in(base: Path, *, is_root: bool) -> Iterator[str]:
@@ -139,6 +162,10 @@ def _directories(path: Path) -> list[Path]:
         return sorted(child for child in path.iterdir() if not child.name.startswith(".") and child.is_dir())
     except OSError:
         return []
+
+
+def _looks_like_model(path: Path) -> bool:
+    return any(e.name in _CONFIGS or Path(e.name).suffix in _WEIGHTS for e in _scan(path))
 
 
 def _walk(directory: Path, root: Path, above: tuple[Path, ...]) -> Iterator[Path]:
@@ -164,4 +191,4 @@ def _scan(directory: Path) -> list[os.DirEntry[str]]:
 
 def _is_visible(name: str) -> bool:
     hidden = name.startswith(".") and name not in _VISIBLE
-    return not hidden and not name.endswith(PARTIAL) and name.isprintable()
+    return not hidden and not name.endswith(PARTIAL) and name.isprintable() and "\\" not in name

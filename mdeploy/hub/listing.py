@@ -77,8 +77,8 @@ def fingerprint(files: Iterable[RepoFile]) -> str:
 
 def check_endpoint(endpoint: str) -> str:
     """A usable base URL without a trailing slash; https where no scheme is given. Raises UsageError."""
-    text = endpoint.strip().rstrip("/")
-    url = text if "://" in text else f"https://{text}"
+    text = endpoint.strip()
+    url = (text if "://" in text else f"https://{text}").rstrip("/")
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

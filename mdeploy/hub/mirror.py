@@ -17,6 +17,7 @@ import uuid
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer
 from typing import Any, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -30,7 +31,7 @@ _IDLE_S = 60.0
 # What modelscope.cn answers for a model it does not have.
 _NO_SUCH_MODEL = 10010205001
 _ROUTE = re.compile(r"/api/v1/models/([^/]+/[^/]+)(/repo/files|/repo|/revisions|)/?")
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
 def create_server(root: Path, host: str = "127.0.0.1", port: int = 0) -> MirrorServer:
@@ -84,7 +85,7 @@ class MirrorServer(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Bind without HTTPServer's reverse look-up of our own name, which can take seconds offline."""
-        super(ThreadingHTTPServer.__mro__[2], self).server_bind()
+        TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def serve_forever(self, poll_interval: float = 0.1) -> None:
@@ -147,10 +148,21 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer a request with its body."""
         if self.headers.get("Content-Length") or self.headers.get("Transfer-Encoding"):
             self.close_connection = True
+        self._answered = False
         try:
             self._route()
-        except FileNotFoundError:
-            self._missing("the file went away")
+        except (ConnectionError, TimeoutError):
+            raise
+        except (OSError, ValueError) as error:
+            self._broke(error)
+
+    def _broke(self, error: Exception) -> None:
+        """The disk, or a request nobody can parse; after the headers only a cut tells the client."""
+        self.close_connection = True
+        if not self._answered:
+            status = HTTPStatus.INTERNAL_SERVER_ERROR if isinstance(error, OSError) else HTTPStatus.BAD_REQUEST
+            reason = getattr(error, "strerror", None) or "bad request"
+            self._json(status, {"Code": int(status), "Data": {}, "Message": reason, "Success": False})
 
     do_HEAD = do_GET  # noqa: N815
 
@@ -165,11 +177,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         model, action = match.groups()
         query = {key: values[-1] for key, values in parse_qs(url.query, keep_blank_values=True).items()}
-        if not self._catalog.revisions(model):
-            self._missing(f"no model {model} on this mirror")
-            return
         answers = {"/repo/files": self._files, "/repo": self._file, "/revisions": self._revisions, "": self._info}
-        answers[action](model, query)
+        if action in ("", "/revisions") and not self._catalog.revisions(model):
+            self._no_model(model)
+        else:
+            answers[action](model, query)
+
+    def _no_model(self, model: str) -> None:
+        self._missing(f"no model {model} on this mirror")
 
     def _info(self, model: str, query: dict[str, str]) -> None:
         owner, _, name = model.partition("/")
@@ -185,6 +200,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _files(self, model: str, query: dict[str, str]) -> None:
         """The listing; an unknown revision is `Files: null` with status 200, as on the real hub."""
         snapshot = self._catalog.snapshot(model, query.get("Revision") or DEFAULT_REVISION)
+        if snapshot is None and not self._catalog.revisions(model):
+            self._no_model(model)
+            return
         if snapshot is None:
             self._data({"Files": None, "IsVisual": 0, "LatestCommitter": None})
             return
@@ -196,12 +214,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, model: str, query: dict[str, str]) -> None:
         snapshot = self._catalog.snapshot(model, query.get("Revision") or DEFAULT_REVISION)
         name = query.get("FilePath", "")
-        path = self._catalog.file(snapshot, name) if snapshot else None
-        if snapshot is None or path is None:
+        file = snapshot.file(name) if snapshot else None
+        if snapshot is None or file is None:
             self._missing(f"no file {name!r} in {model}")
             return
-        file = next(file for file in snapshot.files if file.path == name)
-        self._send_file(path, file.size, f'"{file.sha256}"', snapshot.commit)
+        self._send_file(snapshot.path / name, file.size, f'"{file.sha256}"', snapshot.commit)
 
     def _send_file(self, path: Path, size: int, etag: str, commit: str) -> None:
         wanted = self._range(size, etag)
@@ -223,12 +240,14 @@ class _Handler(BaseHTTPRequestHandler):
         """[start, end) to send; everything for a header we need not honour, None for one nobody can."""
         match = _RANGE.fullmatch(self.headers.get("Range", "").strip())
         first, last = match.groups() if match else ("", "")
-        if not (first or last) or self.headers.get("If-Range", etag) != etag or (first and last and first > last != ""):
+        if not (first or last) or self.headers.get("If-Range", etag) != etag:
             return 0, size
         if not first:
             return (max(0, size - int(last)), size) if int(last) and size else None
-        end = min(int(last) + 1, size) if last else size
-        return (int(first), end) if int(first) < size else None
+        start, end = int(first), min(int(last) + 1, size) if last else size
+        if last and int(last) < start:
+            return 0, size
+        return (start, end) if start < size else None
 
     def _data(self, data: object) -> None:
         self._json(HTTPStatus.OK, {"Code": 200, "Data": data, "Message": "success", "Success": True})
@@ -243,6 +262,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _headers(self, status: HTTPStatus, length: int, extra: dict[str, str]) -> None:
+        self._answered = True
         self.send_response(status)
         for name, value in {"Content-Type": "application/octet-stream", **extra}.items():
             self.send_header(name, value)

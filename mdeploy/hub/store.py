@@ -81,12 +81,13 @@ def check_space(files: Iterable[RepoFile], target: Path) -> None:
     """Raise MdeployError where the file system cannot hold what is still missing."""
     missing = sum(max(0, file.size - _arrived(file, target)) for file in files)
     try:
-        free = shutil.disk_usage(_existing(target)).free
+        disk = shutil.disk_usage(_existing(target))
     except OSError as error:
         raise storage_error(error, target) from error
-    if missing > free:
+    # Pseudo and some network file systems have no size at all.
+    if missing > disk.free and disk.total:
         raise MdeployError(
-            f"not enough room under {target}: {missing / 2**30:.2f} GiB to fetch, {free / 2**30:.2f} GiB free",
+            f"not enough room under {target}: {missing / 2**30:.3f} GiB to fetch, {disk.free / 2**30:.3f} GiB free",
             hint="free some space, or choose another place with --cache-dir or MODELSCOPE_CACHE",
         )
 

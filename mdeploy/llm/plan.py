@@ -31,7 +31,7 @@ def plan_cpu(facts: ModelFacts, wish: LlmOptions, recipe: Recipe | None, cores: 
     """
     if wish.gpus:
         raise UsageError("--gpus needs a CUDA engine", hint="mdeploy engines install vllm --variant cuda")
-    tp = wish.tp or 1
+    tp = 1 if wish.tp is None else wish.tp
     _check(facts, wish, tp)
     max_len, reasons = _max_len(facts, wish, recipe)
     reasons.append("no CUDA engine in use: runs on the CPU, eager, which is for trying things out")
@@ -54,7 +54,7 @@ def plan_cuda(facts: ModelFacts, wish: LlmOptions, recipe: Recipe | None, gpus: 
 
     Raises DoesNotFitError without enough GPUs, UsageError for impossible wishes.
     """
-    tp = wish.tp or (len(wish.gpus) if wish.gpus else 1)
+    tp = len(wish.gpus or (0,)) if wish.tp is None else wish.tp
     _check(facts, wish, tp)
     chosen = _choose(gpus, wish.gpus, tp)
     max_len, reasons = _max_len(facts, wish, recipe)

@@ -102,8 +102,8 @@ sys.exit(0)
 '''
 
 
-def make(root: Path) -> Path:
-    """Build the environment under `root`; returns its interpreter."""
+def make(root: Path, version: str = f"{VERSION}+cpu") -> Path:
+    """Build the environment under `root`; returns its interpreter. Without +cpu it is a CUDA build."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(root)], check=True)
     site = next(root.glob("lib/python3*/site-packages"))
     _write(site / "vllm/__init__.py", "")
@@ -111,7 +111,7 @@ def make(root: Path) -> Path:
     _write(site / "vllm/entrypoints/__init__.py", "")
     _write(site / "vllm/entrypoints/cli/__init__.py", "")
     _write(site / "vllm/entrypoints/cli/main.py", _MAIN)
-    _write(site / f"vllm-{VERSION}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}\n")
+    _write(site / f"vllm-{version}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
     return root / "bin" / "python"
 
 

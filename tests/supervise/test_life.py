@@ -1,0 +1,221 @@
+"""A service from start to end, with a stand-in engine: what ps says is true, and nothing stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import free_port, listens, mdeploy, processes_with, ps, running, tiny_model, until
+
+pytestmark = pytest.mark.usefixtures("fake_engine")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny_model(tmp_path / "org" / "tiny")
+
+
+def _serve(model: Path, *args: str, **env: str) -> Any:
+    return mdeploy("serve", "llm", model, "--name", "s", "-d", *args, **env)
+
+
+def _state(home: Path) -> dict[str, Any]:
+    return dict(json.loads((home / "services/s/state.json").read_text()))
+
+
+def _left(home: Path) -> list[int]:
+    return processes_with(f"MDEPLOY_RUN_ID={_state(home)['run_id']}")
+
+
+def _shm() -> set[str]:
+    return {p.name for p in Path("/dev/shm").glob("psm_fake*")}
+
+
+def test_serve_ps_stop(home: Path, model: Path) -> None:
+    before, port = _shm(), free_port()
+    result = _serve(model, "--port", str(port), "--json")
+    assert result.code == 0, result.stderr
+    service = result.json["service"]
+    assert service == ps("s")
+    assert (service["phase"], service["port"], service["error"]) == ("ready", port, None)
+    assert service["url"] == f"http://127.0.0.1:{port}"
+    assert "asking for a first token" in result.stderr
+    assert len(_left(home)) == 2  # the API server and its core
+    assert len(_shm() - before) == 1
+    assert mdeploy("stop", "s").code == 0
+    assert (ps("s") or {})["phase"] == "stopped"
+    assert _left(home) == []
+    assert not listens(port)
+    assert _shm() == before
+    again = mdeploy("stop", "s")
+    assert (again.code, again.stderr) == (0, "s was not running\n")
+
+
+def _core(home: Path) -> int:
+    engine = _state(home)["engine_pid"]
+    return next(pid for pid in _left(home) if pid != engine)
+
+
+def _victim(home: Path, which: str) -> int:
+    state = _state(home)
+    return int({"core": _core(home), "engine": state["engine_pid"], "supervisor": state["pid"]}[which])
+
+
+@pytest.mark.parametrize("which", ["core", "engine", "supervisor"])
+def test_kill_9_is_seen_and_cleared(home: Path, model: Path, which: str) -> None:
+    before, port = _shm(), free_port()
+    assert _serve(model, "--port", str(port)).code == 0
+    os.kill(_victim(home, which), signal.SIGKILL)
+    failed = until(lambda: (s := ps("s")) and s["phase"] == "failed" and s, 5, "ps tells of the death")
+    assert failed["pid"] is None
+    assert failed["error"]
+    assert mdeploy("stop", "s").code == 0
+    assert _left(home) == []
+    assert not listens(port)
+    assert _shm() == before
+    assert mdeploy("restart", "s").code == 0
+    assert (ps("s") or {})["phase"] == "ready"
+
+
+def test_the_name_is_taken_while_it_runs(model: Path) -> None:
+    assert _serve(model).code == 0
+    second = _serve(model)
+    assert second.code == 1
+    assert "already running" in second.stderr
+    assert "mdeploy stop s" in second.stderr
+    assert (ps("s") or {})["phase"] == "ready"
+
+
+def test_the_port_is_taken(model: Path) -> None:
+    import socket
+
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        result = _serve(model, "--port", str(other.getsockname()[1]))
+    assert result.code == 78
+    assert "Address already in use" in result.stderr
+    assert "--port" in result.stderr
+    assert ps("s") is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "code", "says"),
+    [("no-kv", 5, "KV cache of one request does not fit"), ("bad-config", 78, "quantization method awx")],
+)
+def test_a_start_that_fails_tells_the_cause(home: Path, model: Path, mode: str, code: int, says: str) -> None:
+    result = _serve(model, FAKE_VLLM_MODE=mode)
+    assert result.code == code
+    assert says in result.stderr
+    service = ps("s") or {}
+    assert service["phase"] == "failed"
+    assert says in service["error"]
+    assert _left(home) == []
+
+
+def test_an_engine_that_is_healthy_but_never_answers_is_not_ready(home: Path, model: Path) -> None:
+    result = _serve(model, "--start-timeout", "3", FAKE_VLLM_MODE="never-answers")
+    assert result.code == 4
+    assert "500" in result.stderr
+    assert _left(home) == []
+
+
+def test_an_engine_that_ignores_term_is_killed(home: Path, model: Path) -> None:
+    assert _serve(model, FAKE_VLLM_MODE="ignores-term").code == 0
+    spec = home / "services/s/spec.json"
+    document = json.loads(spec.read_text())
+    document["limits"]["stop_timeout_s"] = 1
+    spec.write_text(json.dumps(document))
+    assert mdeploy("restart", "s", FAKE_VLLM_MODE="ignores-term").code == 0
+    assert mdeploy("stop", "s").code == 0
+    assert _left(home) == []
+
+
+def test_a_sick_engine_is_unhealthy_and_recovers(home: Path, model: Path, tmp_path: Path) -> None:
+    sick = tmp_path / "sick"
+    assert _serve(model, FAKE_VLLM_SICK=str(sick)).code == 0
+    sick.touch()
+    until(lambda: (ps("s") or {})["phase"] == "unhealthy", what="three misses in a row")
+    sick.unlink()
+    until(lambda: (ps("s") or {})["phase"] == "ready", what="recovery")
+
+
+def test_the_key_is_asked_for_and_shown_nowhere(home: Path, model: Path) -> None:
+    secret = "sk-do-not-show-me"
+    shown = mdeploy("serve", "llm", model, "--dry-run", MDEPLOY_API_KEY=secret)
+    assert "VLLM_API_KEY=***" in shown.stdout
+    result = _serve(model, "--host", "0.0.0.0", "--json", MDEPLOY_API_KEY=secret)
+    assert result.code == 0, result.stderr
+    files = [p for p in home.rglob("*") if p.is_file() and not p.is_symlink() and secret in p.read_text(errors="replace")]
+    assert [p.relative_to(home).as_posix() for p in files] == ["secrets/s.api-key"]
+    assert files[0].stat().st_mode & 0o777 == 0o600
+    commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in _left(home)]
+    assert not any(secret in text for text in [*commands, result.stdout, result.stderr, shown.stdout, shown.stderr])
+    import httpx
+
+    url = f"{result.json['service']['url']}/v1/completions"
+    assert httpx.post(url, json={}, trust_env=False).status_code == 401
+    headers = {"Authorization": f"Bearer {secret}"}
+    assert httpx.post(url, json={}, headers=headers, trust_env=False).status_code == 200
+
+
+def test_another_address_without_a_key_is_refused(model: Path) -> None:
+    result = _serve(model, "--host", "0.0.0.0")
+    assert result.code == 2
+    assert "MDEPLOY_API_KEY" in result.stderr
+    assert _serve(model, "--host", "0.0.0.0", "--insecure").code == 0
+
+
+def test_foreground_streams_the_log_and_ctrl_c_stops_cleanly(home: Path, model: Path) -> None:
+    with running("serve", "llm", model, "--name", "s") as process:
+        assert process.stdout is not None
+        until(lambda: (s := ps("s")) and s["phase"] == "ready", what="ready")
+        os.kill(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "Application startup complete" in out
+    assert "Traceback" not in out + err
+    assert (ps("s") or {})["phase"] == "stopped"
+    assert _left(home) == []
+
+
+def test_ctrl_c_while_waiting_for_a_detached_start_stops_it(home: Path, model: Path) -> None:
+    with running("serve", "llm", model, "--name", "s", "-d", FAKE_VLLM_MODE="never-answers") as process:
+        until(lambda: (s := ps("s")) and s["phase"] == "starting" and _left(home), what="starting")
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert (ps("s") or {})["phase"] == "stopped"
+    assert _left(home) == []
+
+
+def test_logs_tail_and_follow_until_the_end(home: Path, model: Path) -> None:
+    assert _serve(model).code == 0
+    assert mdeploy("logs", "s", "-n", "1").stdout.endswith("Application startup complete.\n")
+    command = [sys.executable, "-m", "mdeploy", "logs", "s", "-f", "-n", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
+        os.kill(_core(home), signal.SIGKILL)
+        out, _ = follower.communicate(timeout=30)
+    assert "EngineCore died" in out
+    assert follower.returncode == 0
+
+
+def test_two_stops_at_once(home: Path, model: Path) -> None:
+    assert _serve(model).code == 0
+    with running("stop", "s") as first, running("stop", "s") as second:
+        assert first.wait(30) == 0
+        assert second.wait(30) == 0
+    assert _left(home) == []
+
+
+def test_unknown_names() -> None:
+    for verb in ("stop", "restart", "logs", "run"):
+        assert mdeploy(verb, "nobody").code == 3
+        assert mdeploy(verb, "../../etc").code == 2
