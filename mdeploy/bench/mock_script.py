@@ -6,6 +6,7 @@ chunk without choices, `[DONE]`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -92,10 +93,16 @@ def faulty(number: int, options: MockOptions) -> bool:
 def answer(endpoint: BenchEndpoint, request: Mapping[str, Any], options: MockOptions, fault: Fault) -> Script:
     """The script of one request to a completions endpoint."""
     tokens = max(1, options.tokens or int(request.get("max_tokens") or 16))
-    prompt = count_tokens(request, options)
+    return _script(endpoint, options, fault, count_tokens(request, options), tokens, bool(request.get("stream")))
+
+
+@functools.lru_cache(maxsize=256)
+def _script(
+    endpoint: BenchEndpoint, options: MockOptions, fault: Fault, prompt: int, tokens: int, streamed: bool
+) -> Script:
     usage = {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
     stream = _Stream(endpoint, options, usage if options.usage else None, fault)
-    writes = stream.writes(tokens) if request.get("stream") else stream.whole(tokens)
+    writes = stream.writes(tokens) if streamed else stream.whole(tokens)
     return Script(tuple(writes), prompt, tokens)
 
 

@@ -13,7 +13,7 @@ n = ln 0.01 / ln q (44, 459, 4603; the last two rounded). Below it the figure wo
 maximum. A median is a description of any sample, so it is always given."""
 
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
-_SUB_BITS = 8
+_SUB_BITS = 10
 
 
 def summarize(values: Sequence[float]) -> Percentiles:
@@ -36,7 +36,7 @@ def _interpolate(ordered: Sequence[float], quantile: float) -> float:
 
 
 class Histogram:
-    """Durations in log-linear buckets (HDR): 256 a doubling, so a value is off by 0.2 % at most.
+    """Durations in log-linear buckets (HDR): 1024 a doubling, so a value is off by 0.05 % at most.
 
     Its size depends on the spread of the values, never on their number, and two of them add up.
     """

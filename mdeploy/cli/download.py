@@ -57,9 +57,9 @@ def progress_bar() -> Iterator[Bar]:
     bar = Bar()
     try:
         yield bar
-    except KeyboardInterrupt:
+    except BaseException as reason:
         bar.end()
-        if bar.moving:
+        if bar.moving and not isinstance(reason, Exception):
             output.say("what has arrived is kept; the same command goes on from there")
         raise
     finally:

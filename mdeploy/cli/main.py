@@ -53,6 +53,8 @@ def run(argv: Sequence[str]) -> int:
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
         return _reader_left()
+    except OSError as error:
+        return output.fail(MdeployError(f"{error.strerror}: {error.filename or 'standard output'}"), as_json=as_json)
     return code if isinstance(code, int) else ExitCode.OK
 
 
@@ -100,8 +102,11 @@ def _split(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     return argv, ()
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM unwinds like Ctrl-C, so that whatever cleans up at one cleans up at the other."""
+class Terminated(BaseException):
+    """SIGTERM unwinds like Ctrl-C, so that whatever cleans up at one cleans up at the other.
+
+    No KeyboardInterrupt: Typer would turn that into an exit code of its own.
+    """
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import threading
 from pathlib import Path
@@ -40,6 +41,7 @@ def mirror(
 
     address = settings.load(flags={"host": host}).require("host")
     server = create_server(directory.expanduser(), address, port)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()

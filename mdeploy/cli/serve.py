@@ -98,8 +98,8 @@ def _foreground(spec: ServiceSpec, files: ServiceFiles) -> NoReturn:
 
     output.say(f"starting {spec.name} on {spec.url} (Ctrl-C stops it)")
     sys.stdout.flush()
-    command = run_command(spec.name)
-    os.execv(command[0], command)
+    command, env = run_command(files)
+    os.execve(command[0], command, env)
 
 
 class Progress:

@@ -148,7 +148,7 @@ def _get(client: httpx.Client, url: str, endpoint: str) -> httpx.Response:
             time.sleep(_retry_after(response.headers, wait))
         return client.get(url)
     except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-        raise unreachable(endpoint, _reason(error)) from error
+        raise unreachable(endpoint, _reason(error) + _by_proxy(endpoint)) from error
 
 
 def unreachable(endpoint: str, reason: str) -> UnavailableError:
@@ -175,6 +175,17 @@ def _reason(error: Exception) -> str:
     if isinstance(error, httpx.TooManyRedirects):
         return "it redirects in circles"
     return str(error) or type(error).__name__
+
+
+def _by_proxy(endpoint: str) -> str:
+    """Names the proxy in between, whose failures look like the hub's."""
+    from urllib.request import getproxies, proxy_bypass
+
+    parts, proxies = urlsplit(endpoint), getproxies()
+    proxy = proxies.get(parts.scheme.lower()) or proxies.get("all")
+    if not proxy or is_loopback(endpoint) or proxy_bypass(parts.hostname or ""):
+        return ""
+    return f" (through the proxy {shown(proxy)})"
 
 
 def _retry_after(headers: Mapping[str, str], default: float) -> float:

@@ -63,8 +63,12 @@ def flaw(directory: Path) -> str | None:
 
 
 def present(files: Iterable[RepoFile], target: Path) -> dict[str, int]:
-    """Bytes on disk of each file that is there in full length, by path."""
-    return {file.path: file.size for file in files if _size(target / file.path) == file.size}
+    """Bytes on disk that a transfer can use, by path: whole files, judged by their size, and partial ones."""
+    found = {}
+    for file in files:
+        whole, partial = _size(target / file.path), _size(partial_path(target, file.path)) or 0
+        found[file.path] = file.size if whole == file.size else partial if partial <= file.size else 0
+    return found
 
 
 def progress_on_disk(files: Iterable[RepoFile], target: Path) -> int:

@@ -95,7 +95,10 @@ def explain(lines: Sequence[str], status: int, was_ready: bool) -> Diagnosis:
 
 
 def _first_error(lines: Sequence[str]) -> str:
-    return next((_message(line) for line in lines if _ERROR.search(line)), "")
+    """The first error raised; pydantic's headline is passed over for the value it complains of."""
+    found = [_message(line) for line in lines if _ERROR.search(line)]
+    telling = (text for text in found if not re.match(r"\d+ validation errors? for", text))
+    return next(telling, found[0] if found else "")
 
 
 def _message(line: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import threading
 import time
@@ -78,23 +79,47 @@ def read(path: Path, count: int, alive: Callable[[], bool] | None = None, poll_s
 
     Following goes on across rotations, and ends once `alive` says no and all is read.
     """
-    file = path.open("rb") if path.is_file() else None
-    yield b"".join(_last(path, file.read() if file else b"", count))
-    while alive is not None:
-        going = alive()
-        data = file.read() if file else b""
-        if data:
-            yield data
-        elif file is None or _replaced(file, path):
-            file = path.open("rb") if path.is_file() else None
-        elif not going:
-            return
-        else:
-            time.sleep(poll_s)
-        if file is None:
-            if not going:
-                return
-            time.sleep(poll_s)
+    with contextlib.closing(_Position(path)) as position:
+        yield b"".join(_last(path, position.rest(), count))
+        while alive is not None:
+            going = alive()
+            if data := position.rest():
+                yield data
+            elif not position.renew():
+                if not going:
+                    return
+                time.sleep(poll_s)
+
+
+class _Position:
+    """How far a log has been read; the file stays open so that a rotation cuts nothing off."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: BinaryIO | None = None
+        self.renew()
+
+    def rest(self) -> bytes:
+        """What was written since the last call."""
+        return self._file.read() if self._file else b""
+
+    def renew(self) -> bool:
+        """Go on in the newest file; True where that is another one than before."""
+        try:
+            newest = self._path.open("rb")
+        except FileNotFoundError:
+            return False
+        if self._file and os.path.sameopenfile(self._file.fileno(), newest.fileno()):
+            newest.close()
+            return False
+        self.close()
+        self._file = newest
+        return True
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file:
+            self._file.close()
 
 
 def _last(path: Path, live: bytes, count: int) -> list[bytes]:
@@ -104,10 +129,3 @@ def _last(path: Path, live: bytes, count: int) -> list[bytes]:
         lines = rotated.read_bytes().splitlines(keepends=True) + lines
     return lines[len(lines) - min(count, len(lines)) :]
 
-
-def _replaced(file: BinaryIO, path: Path) -> bool:
-    """True once `path` is another file than the one being read (it was rotated away)."""
-    try:
-        return os.fstat(file.fileno()).st_ino != path.stat().st_ino
-    except FileNotFoundError:
-        return False

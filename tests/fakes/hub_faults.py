@@ -10,7 +10,7 @@ to the first N of them. What was asked is at /_log. Kinds:
     short          half a file, announced as whole   drop          half a file, then the line is cut
     drop=BYTES     so many bytes, then a cut         corrupt       one bit flipped
     whole          Range is ignored                  hang          no answer
-    stall=BYTES    so many bytes, then silence
+    stall=BYTES    so many bytes, then silence       redirect=URL  302 to another host
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ class Front(ThreadingHTTPServer):
                 return False
             self.left -= 1
             return True
+
+    def handle_error(self, *_: object) -> None:
+        """Clients that hang up are part of the play."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -100,6 +103,9 @@ class Handler(BaseHTTPRequestHandler):
         document = json.loads(body)
         document["Data"]["Files"].append({"Path": self.server.value, "Type": "blob", "Size": 1, "Sha256": "0" * 64})
         self.answer(status, headers, json.dumps(document).encode())
+
+    def do_redirect(self, *_: object) -> None:
+        self.answer(302, {"Location": self.server.value + self.path}, b"")
 
     def do_short(self, status: int, headers: dict[str, str], body: bytes) -> None:
         self.answer(status, headers, body[: len(body) // 2])

@@ -89,8 +89,7 @@ if MODE == "ignores-term":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 else:
     def stop(*_):
-        core.kill()
-        core.wait()
+        os.kill(core.pid, signal.SIGKILL)
         os._exit(0)
     signal.signal(signal.SIGTERM, stop)
 server = http.server.ThreadingHTTPServer((options.host, options.port), Api)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mdeploy.errors import NotFoundError, UnavailableError
-from mdeploy.hub import client, sdk, store
+from mdeploy.hub import client, listing, sdk, store
 from mdeploy.specs import LocalModel, ModelRef
 from tests.fakes import hub
 
@@ -92,7 +92,8 @@ def test_partial_bytes_are_used(hub_url: str, cache: Path) -> None:
     target = store.snapshot_dir(REF, cache)
     target.mkdir(parents=True)
     store.partial_path(target, hub.BIG).write_bytes(hub.FILES[hub.BIG][:1_000_000])
-    found, _ = fetch(hub_url, cache)
+    found, watcher = fetch(hub_url, cache)
+    assert watcher.begun == (len(hub.FILES), hub.TOTAL, 1_000_000)
     assert found.fetched_bytes == hub.TOTAL - 1_000_000
     assert hub.contents(target) == hub.FILES
 
@@ -163,6 +164,13 @@ def test_a_cut_listing_is_walked(hub_url: str, tmp_path: Path, cache: Path) -> N
         assert {file.path for file in files} == {"config.json", *many}
 
 
+def test_a_listing_of_full_length_is_not_believed(hub_url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "TRUNCATED_AT", 3)
+    with hub.front(hub_url, "html", times=0) as front:
+        fetch(front.url, cache)
+        assert front.asked("/repo/files") == 2
+
+
 def test_a_stored_login_goes_to_modelscope_only(tmp_path: Path) -> None:
     from modelscope_hub import HubConfig
 
@@ -170,6 +178,18 @@ def test_a_stored_login_goes_to_modelscope_only(tmp_path: Path) -> None:
     assert sdk.login_token("https://www.modelscope.cn") == "secret"
     assert sdk.login_token("http://127.0.0.1:8700") is None
     assert sdk.login_token("https://modelscope.cn.example.com") is None
+
+
+def test_the_token_does_not_follow_a_redirect(hub_url: str, cache: Path) -> None:
+    with hub.front(hub_url, "html", times=0) as cdn:
+        elsewhere = cdn.url.replace("127.0.0.1", "localhost")
+        with hub.front(hub_url, f"redirect={elsewhere}", on="/models/") as front:
+            client.download(REF, cache_dir=cache, endpoint=front.url, token="secret")
+            asked = [entry for entry in front.log() if "/models/" in entry["target"]]
+            assert all("Authorization" in entry["headers"] for entry in asked)
+        assert len(cdn.log()) == 1 + len(hub.FILES)
+        assert all(entry["headers"] == {} for entry in cdn.log())
+    assert hub.contents(store.snapshot_dir(REF, cache)) == hub.FILES
 
 
 def test_no_warning_is_shown(hub_url: str, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -112,6 +112,12 @@ def test_broken_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
         listing.fetch(REF, "http://hub.invalid")
 
 
+def test_a_dead_proxy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://user:pass@127.0.0.1:1")
+    with pytest.raises(UnavailableError, match=r"refused \(through the proxy http://127.0.0.1:1\)"):
+        listing.fetch(REF, "http://hub.invalid")
+
+
 @pytest.mark.parametrize(
     ("text", "url"),
     [

@@ -40,7 +40,7 @@ def test_progress(line: str, step: str) -> None:
         (["OSError: [Errno 98] Address already in use"], "port is already in use", 78),
         (["vllm serve: error: unrecognized arguments: --task embed"], "does not take this flag", 2),
         (
-            ["pydantic ValidationError: 1 validation error", "  Value error, Total number of attention heads (2) must be "]
+            ["pydantic_core.ValidationError: 1 validation error for VllmConfig", "  Value error, Total number of attention heads (2) must be "]
             + ["divisible by tensor parallel size (3). x must be divisible by tensor parallel size"],
             "cannot be divided",
             2,

@@ -199,7 +199,7 @@ def test_ctrl_c_while_waiting_for_a_detached_start_stops_it(home: Path, model: P
 def test_logs_tail_and_follow_until_the_end(home: Path, model: Path) -> None:
     assert _serve(model).code == 0
     assert mdeploy("logs", "s", "-n", "1").stdout.endswith("Application startup complete.\n")
-    command = [sys.executable, "-m", "mdeploy", "logs", "s", "-f", "-n", "0"]
+    command = [sys.executable, "-m", "mdeploy", "logs", "s", "-f"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
         os.kill(_core(home), signal.SIGKILL)
         out, _ = follower.communicate(timeout=30)

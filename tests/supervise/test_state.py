@@ -96,7 +96,7 @@ def test_names_that_are_no_names(name: str) -> None:
 def test_a_marked_process_is_found_in_a_session_of_its_own_and_swept() -> None:
     run_id = f"test-{os.getpid()}"
     env = {**os.environ, **processes.marker_environment(run_id)}
-    code = "import subprocess, sys; subprocess.Popen(['sleep', '1000'], start_new_session=True); print(1, flush=True)"
+    code = "import subprocess, sys; subprocess.Popen(['sleep', '1000'], start_new_session=True, stdout=subprocess.DEVNULL); print(1, flush=True)"
     subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, check=True)
     assert len(processes.marked(run_id)) == 1
     assert processes.marked(run_id[:-1]) == ()
