@@ -201,7 +201,10 @@ def _port(settings: Settings, asked: int | None, host: str, *, check: bool) -> i
         if check:
             check_port(host, port)
         return port
-    return next((p for p in range(FIRST_PORT, FIRST_PORT + _PORTS) if _is_free(host, p)), FIRST_PORT)
+    free = next((p for p in range(FIRST_PORT, FIRST_PORT + _PORTS) if _is_free(host, p)), None)
+    if free is None and check:
+        check_port(host, FIRST_PORT)  # says why: most likely the address is not ours
+    return free or FIRST_PORT
 
 
 def _is_free(host: str, port: int) -> bool:
@@ -387,4 +390,3 @@ def _not_ready(status: ServiceStatus) -> MdeployError:
     name = status.spec.name
     hint = f"mdeploy restart {name}" if status.phase == "stopped" else f"mdeploy logs {name} -f"
     return NotReadyError(f"{name} is {status.phase}", hint=hint)
-

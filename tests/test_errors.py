@@ -42,7 +42,9 @@ def test_an_error_under_json_is_a_document_on_stdout_with_the_same_code() -> Non
     assert set(json.loads(as_json.stdout)["error"]) == {"code", "message", "hint"}
 
 
-@pytest.mark.parametrize("args", [["nonsense"], ["ps", "--nonsense"], ["serve", "nonsense"], ["stop"], ["engines", "x"]])
+@pytest.mark.parametrize(
+    "args", [["nonsense"], ["ps", "--nonsense"], ["serve", "nonsense"], ["stop"], ["engines", "x"]]
+)
 def test_a_command_line_that_makes_no_sense_is_2_with_a_hint(args: list[str]) -> None:
     result = mdeploy(*args)
     assert result.code == 2

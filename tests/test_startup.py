@@ -14,7 +14,9 @@ _HEAVY = {"torch", "vllm", "funasr", "transformers", "modelscope", "modelscope_h
 _LATER = {"httpx", "psutil", "yaml", "dotenv", "requests"}
 
 
-@pytest.mark.parametrize("args", [["--help"], ["ps"], ["ps", "--json"], ["serve", "llm", "--help"], ["bench", "--help"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["ps"], ["ps", "--json"], ["serve", "llm", "--help"], ["bench", "--help"]]
+)
 def test_start_up_imports_nothing_heavy(args: list[str]) -> None:
     code = (
         "import sys; from mdeploy.cli.main import run; code = run(sys.argv[1:]);"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -67,6 +68,13 @@ def request_options(options: BenchOptions, *, ignore_eos: bool) -> dict[str, Any
     return {"max_tokens": options.output_tokens, **fixed}
 
 
+def effective(options: BenchOptions) -> BenchOptions:
+    """No more at a time than there are requests, and a duration where nothing was said."""
+    if options.requests is not None:
+        return replace(options, concurrency=min(options.concurrency, options.requests))
+    return replace(options, duration_s=options.duration_s or DEFAULT_DURATION_S)
+
+
 def build(
     target: BenchTarget,
     model: str,
@@ -77,10 +85,10 @@ def build(
     ignore_eos: bool,
 ) -> LoadPlan:
     """The load against `address` (family, socket address of the resolved host)."""
+    options = effective(options)
     endpoint = targets.for_endpoint(options.endpoint)
     document = targets.body(endpoint, model, _MARK, request_options(options, ignore_eos=ignore_eos))
     start, end = _json(document).split(_json(_MARK).strip(b'"'))
-    timed = options.requests is None
     return LoadPlan(
         base_url=root_url(target),
         address=address,
@@ -91,8 +99,8 @@ def build(
         tails=tuple(tail.encode() for tail in prompts.tails),
         body_end=end,
         endpoint=options.endpoint,
-        concurrency=min(options.concurrency, options.requests or options.concurrency),
-        duration_s=(options.duration_s or DEFAULT_DURATION_S) if timed else None,
+        concurrency=options.concurrency,
+        duration_s=options.duration_s,
         requests=options.requests,
         timeout_s=options.timeout_s,
         workers=worker_count(options),
@@ -153,13 +161,12 @@ def _share(total: int, index: int, parts: int) -> int:
 
 
 def _workload(model: str, options: BenchOptions, prompts: Prompts, *, ignore_eos: bool) -> Mapping[str, Any]:
-    timed = options.requests is None
     workload = {
         "endpoint": options.endpoint,
         "model": model,
         "loop": "closed",
         "concurrency": options.concurrency,
-        "duration_s": (options.duration_s or DEFAULT_DURATION_S) if timed else None,
+        "duration_s": options.duration_s,
         "requests": options.requests,
         "input_tokens": options.input_tokens,
         "input_tokens_exact": prompts.exact,

@@ -18,9 +18,15 @@ _WORD_LIST = """
 time year people way day man thing world life hand part child eye woman place work week case point
 company number group problem fact water house story game power country book side line end city team
 state family night study idea level field table color paper music river light north south door fire
-road tree sound voice street plan price
+road tree sound voice street plan price ship bird song rain
+"""
+_LITTLE_LIST = """
+the a of to in is it for on be as at by we or an do if no so up he my me go us am and not you are can was
+but all has had how one two who get use new now see our out any may b c d e f g k l m n o p r s t u v w
 """
 WORDS = tuple(_WORD_LIST.split())
+# What even a vocabulary of two thousand tokens holds whole.
+LITTLE_WORDS = tuple(_LITTLE_LIST.split())
 _OPENING = "Write"
 _NONCE_WORDS = 4
 _MOST_TAILS = 64
@@ -68,6 +74,8 @@ def build(input_tokens: int, seed: int, count: Count | None) -> Prompts:
             hint=f"--input-tokens {overhead + 1} or more",
         )
     words = single_tokens(WORDS, overhead, count)
+    if len(words) < _FEWEST_WORDS:
+        words += single_tokens(LITTLE_WORDS, overhead, count)
     if len(words) < _FEWEST_WORDS:
         return _fitted(input_tokens, seed, count)
     prompts = _prompts(words, input_tokens - overhead, seed, exact=True)

@@ -55,7 +55,7 @@ def result(plan: LoadPlan, outcome: Outcome, environment: Mapping[str, Any]) -> 
         throughput=_throughput(done, window, kind, counted=not tokens.reason),
         latency_ms=latency_ms,
         audit=audit.judge(plan, outcome, samples, window, latency_ms),
-        environment={**_client(), **environment},
+        environment={**_client(), "realtime": all(r.realtime for r in outcome.reports), **environment},
     )
 
 

@@ -60,6 +60,7 @@ class WorkerReport:
     checked: int
     mismatches: int
     clock_step_ns: int
+    realtime: bool
 
 
 def frame(message: Any) -> bytes:

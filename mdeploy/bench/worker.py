@@ -78,7 +78,7 @@ class Worker:
         self._reads = self._unstamped = 0
         self._start_ns = self._drain_ns = self._stop_ns = 0
         self._cpu = (0.0, 0.0)
-        self._stopping = False
+        self._stopping = self._realtime = False
 
     def connect(self) -> None:
         """Open all connections before the clock runs; what fails here fails again, and counts, later."""
@@ -94,6 +94,7 @@ class Worker:
 
     def run(self) -> WorkerReport:
         """Start all slots and keep them busy until the plan is done or stdin closes."""
+        self._realtime = _prefer()
         self._epoll.register(_STDIN, select.EPOLLIN)
         self._watch = clock.StepWatch()
         self._start_ns = now = time.time_ns()
@@ -312,7 +313,20 @@ class Worker:
             checked=counters.checked,
             mismatches=counters.mismatches,
             clock_step_ns=self._watch.worst_ns,
+            realtime=self._realtime,
         )
+
+
+def _prefer() -> bool:
+    """Go before ordinary processes where we may (root, CAP_SYS_NICE). A server on the same cores holds
+    them for milliseconds at a time; we need microseconds, but at once. Measured beside vLLM on two
+    cores: client lag p99 2 ms -> 0.1 ms.
+    """
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    except OSError:
+        return False
+    return True
 
 
 def _sample(slot: Slot, stream: Stream, error: str | None, at_ns: int) -> Sample:

@@ -28,14 +28,14 @@ def register(app: typer.Typer) -> None:
 def bench(
     target: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME|URL]", help="Service or server. [default: the one service that runs]"),
+        typer.Argument(metavar="[NAME|URL]", help="Service or server. Without one: the only service that runs."),
     ] = None,
     concurrency: Annotated[
         int, typer.Option("--concurrency", "-c", metavar="N", help="Requests in flight at any time.")
     ] = _DEFAULTS.concurrency,
     duration: Annotated[
         float | None,
-        typer.Option("--duration", "-d", metavar="S", help="Start requests for S seconds. [default: 30]"),
+        typer.Option("--duration", "-d", metavar="S", help="Start requests for S seconds. 30 where nothing is said."),
     ] = None,
     requests: Annotated[
         int | None, typer.Option("--requests", "-n", metavar="N", help="Or send exactly N requests.")
@@ -48,10 +48,10 @@ def bench(
     ] = _DEFAULTS.output_tokens,
     endpoint: Annotated[BenchEndpoint, typer.Option(help="Which API to call.")] = _DEFAULTS.endpoint,
     model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Served model. [default: the first the server lists]")
+        str | None, typer.Option(metavar="NAME", help="Served model. Without it: the first the server lists.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(metavar="N", help="Load processes. [default: one per 256 in flight]")
+        int | None, typer.Option(metavar="N", help="Load processes. Without it: one for every 256 in flight.")
     ] = None,
     timeout: Annotated[
         float, typer.Option(metavar="S", help="Longest time one request may take.")
@@ -62,14 +62,16 @@ def bench(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write the JSON result here.")
     ] = None,
 ) -> None:
-    """Measure a server: N requests in flight, each followed by the next (closed loop).
+    """Measure a server: N requests in flight, each followed by the next one.
 
-    Latencies are in milliseconds, from the request's first byte sent to the kernel's receipt of the
-    answer; token counts are the server's own. Of a server with a key, set MDEPLOY_API_KEY.
+    Latencies run from a request's first byte sent to the kernel's receipt of
+    the answer. Token counts are the server's own. MDEPLOY_API_KEY is the key
+    of a server that wants one.
 
-    The result is always printed. Exit status 6 means that it must not be believed: this client was too
-    slow, the load was not reached, the clock was set, no request completed or more than 5 % failed.
-    An interrupt shows what was measured so far and exits with 130.
+    The result is always printed. Exit status 6 means it must not be believed:
+    this client was too busy, the load was not reached, the clock was set, or
+    more than 5 % of the requests failed. An interrupt shows what was measured
+    so far and exits with 130.
     """
     import dataclasses
 

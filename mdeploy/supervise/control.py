@@ -110,14 +110,15 @@ def _clear(files: ServiceFiles) -> bool:
     if record is None or record.boot_id != processes.boot_id():
         return False
     with files.locked():
-        remains = bool(processes.marked(record.run_id))
+        remains = processes.marked(record.run_id)
+        segments = files.shm() | processes.shared_memory(remains)
         survivors = processes.sweep(record.run_id)
         if survivors:
             pids = " ".join(map(str, survivors))
             raise NotReadyError(
                 f"processes {pids} of {files.name} do not die", hint="they hang in the kernel: see dmesg"
             )
-        processes.unlink_shared_memory(files.shm())
+        processes.unlink_shared_memory(segments)
         if record.phase != "stopped":
             files.write_record(replace(record, phase="stopped", since=time.time(), detail="", error=None, hint=""))
-    return remains
+    return bool(remains)

@@ -128,4 +128,3 @@ def _last(path: Path, live: bytes, count: int) -> list[bytes]:
     if len(lines) < count and rotated.is_file():
         lines = rotated.read_bytes().splitlines(keepends=True) + lines
     return lines[len(lines) - min(count, len(lines)) :]
-

@@ -27,7 +27,7 @@ from mdeploy.supervise.logs import LogWriter, Pump
 from mdeploy.supervise.state import ServiceFiles
 
 _TICK_S = 0.25
-_SHM_EVERY_S = 5.0
+_SHM_EVERY_S = 2.0
 _MISSES = 3
 """Failed health checks in a row that make a ready service unhealthy."""
 
@@ -171,12 +171,13 @@ class Supervisor:
             self._write("starting", detail=self._words.progress(self._pump.lines()) or self._record.detail)
         elif watch.misses >= _MISSES:
             self._write("unhealthy", detail=watch.last.detail)
-        else:
+        elif self._record.phase != "ready":
+            self._see_shared_memory(now=True)
             self._write("ready")
 
-    def _see_shared_memory(self) -> None:
+    def _see_shared_memory(self, *, now: bool = False) -> None:
         """Remember which segments the run uses: a killed process cannot be asked any more."""
-        if time.monotonic() - self._shm_seen < _SHM_EVERY_S:
+        if not now and time.monotonic() - self._shm_seen < _SHM_EVERY_S:
             return
         self._shm_seen = time.monotonic()
         seen = self._shm | processes.shared_memory(processes.marked(self._record.run_id))
@@ -212,7 +213,7 @@ class Supervisor:
 
     def _terminate(self, engine: subprocess.Popen[bytes]) -> None:
         """TERM the main process and give it time to drain; a second request to stop cuts it short."""
-        self._see_shared_memory()
+        self._see_shared_memory(now=True)
         asked = self._stops
         deadline = time.monotonic() + self._spec.limits.stop_timeout_s
         engine.terminate()

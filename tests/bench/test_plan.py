@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mdeploy.bench import plan, prompts
-from mdeploy.bench.prompts import WORDS
+from mdeploy.bench.prompts import LITTLE_WORDS, WORDS
 from mdeploy.errors import UsageError
 from mdeploy.specs import BenchOptions, BenchTarget, LoadPlan
 
@@ -90,7 +90,7 @@ def test_no_two_prompts_share_a_beginning() -> None:
 
 
 def test_words_are_all_different() -> None:
-    assert len(set(WORDS)) == len(WORDS) >= 64
+    assert len(set(WORDS + LITTLE_WORDS)) == len(WORDS) + len(LITTLE_WORDS)
 
 
 def test_workers_share_the_load_exactly() -> None:
@@ -127,19 +127,23 @@ def test_the_hash_names_the_shape_of_the_load_only() -> None:
     assert len({hashed(o) for o in [options, *others]}) == 6
 
 
-@pytest.mark.parametrize("size", [100, 5])
+@pytest.mark.parametrize("size", [100, 5, 3, 2])
 @pytest.mark.parametrize("wanted", [11, 12, 64, 1000])
 def test_prompts_hit_the_wanted_length(wanted: int, size: int) -> None:
-    """Also where half of the words are two tokens: those are left out."""
+    """Also where many words are several tokens: those are left out."""
     texts = prompts.build(wanted, 0, letters(size))
     assert texts.exact
     assert {letters(size)(texts.text(number)) for number in range(200)} == {wanted}
 
 
 def test_a_tiny_vocabulary_is_met_as_well_as_it_can_be() -> None:
-    texts = prompts.build(300, 0, letters(1))
+
+    def bytewise(text: str) -> int:
+        return 9 + len(text)
+
+    texts = prompts.build(300, 0, bytewise)
     assert not texts.exact
-    assert 270 <= letters(1)(texts.text(0)) <= 300
+    assert 270 <= bytewise(texts.text(0)) <= 300
 
 
 def test_a_prompt_shorter_than_its_template_cannot_be() -> None:

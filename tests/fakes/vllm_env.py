@@ -13,14 +13,14 @@ from pathlib import Path
 
 VERSION = "0.32.0"
 
-_ARG_UTILS = '''
+_ARG_UTILS = """
 def add_cli_args(parser):
     parser.add_argument("--tensor-parallel-size", "-tp")
     parser.add_argument("--max-model-len")
     parser.add_argument("--max-num-seqs")
     parser.add_argument("--enforce-eager")
     parser.add_argument("--enable-log-requests")
-'''
+"""
 
 _MAIN = r'''
 import argparse, http.server, json, mmap, os, signal, subprocess, sys, threading, time

@@ -9,13 +9,13 @@ import pytest
 
 from mdeploy.errors import DoesNotFitError, MdeployError, UsageError
 from mdeploy.llm import plan
-from mdeploy.specs import Gpu, LlmOptions, ModelFacts, Recipe
+from mdeploy.specs import Gpu, GpuPlan, LlmOptions, ModelFacts, Recipe
 
 FACTS = ModelFacts("Qwen2ForCausalLM", "bfloat16", 3 << 30, 28, 12, 2, 128, 131072, chat_template=True)
 GPUS = tuple(Gpu(i, f"GPU-{i}", "Fake", 24000, free) for i, free in enumerate((100, 24000, 20000, 23000)))
 
 
-def _cuda(recipe: Recipe | None = None, **wish: Any) -> plan.GpuPlan:
+def _cuda(recipe: Recipe | None = None, **wish: Any) -> GpuPlan:
     return plan.plan_cuda(FACTS, LlmOptions(**wish), recipe, GPUS)
 
 
@@ -65,7 +65,9 @@ def test_a_recipe_caps_the_context_and_a_wish_overrides_it() -> None:
     assert plan.plan_cuda(short, LlmOptions(), recipe, GPUS).max_len == "2048"
 
 
-@pytest.mark.parametrize(("text", "tokens"), [("8192", 8192), ("8k", 8000), ("8K", 8192), ("auto", None), ("1.5k", 1500)])
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("8192", 8192), ("8k", 8000), ("8K", 8192), ("auto", None), ("1.5k", 1500)]
+)
 def test_tokens_are_read_as_vllm_reads_them(text: str, tokens: int | None) -> None:
     assert plan.parse_tokens(text) == tokens
 

@@ -23,7 +23,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def _serve(model: Path, *args: str, **env: str) -> Any:
-    return mdeploy("serve", "llm", model, "--name", "s", "-d", *args, **env)
+    return mdeploy("serve", "llm", model, "--name", "s", "-d", *args, **env)  # type: ignore[arg-type]
 
 
 def _state(home: Path) -> dict[str, Any]:
@@ -153,7 +153,9 @@ def test_the_key_is_asked_for_and_shown_nowhere(home: Path, model: Path) -> None
     assert "VLLM_API_KEY=***" in shown.stdout
     result = _serve(model, "--host", "0.0.0.0", "--json", MDEPLOY_API_KEY=secret)
     assert result.code == 0, result.stderr
-    files = [p for p in home.rglob("*") if p.is_file() and not p.is_symlink() and secret in p.read_text(errors="replace")]
+    files = [
+        p for p in home.rglob("*") if p.is_file() and not p.is_symlink() and secret in p.read_text(errors="replace")
+    ]
     assert [p.relative_to(home).as_posix() for p in files] == ["secrets/s.api-key"]
     assert files[0].stat().st_mode & 0o777 == 0o600
     commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in _left(home)]
