@@ -194,6 +194,7 @@ class ServiceRecord:
     """What a supervisor last wrote about its service. `since` is Unix time in seconds.
 
     (pid, pid_created, boot_id) name one process for ever: a reused pid or a reboot is noticed.
+    `scratch` is the run's own directory for temporary files and sockets.
     """
 
     name: str
@@ -204,6 +205,7 @@ class ServiceRecord:
     manager: Manager
     phase: Phase
     since: float
+    scratch: str = ""
     restarts: int = 0
     engine_pid: int | None = None
     detail: str = ""

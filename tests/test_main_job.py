@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import struct
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,11 +98,18 @@ def _left(home: Path, name: str) -> list[int]:
     return processes_with(f"MDEPLOY_RUN_ID={run_id}")
 
 
+def _litter() -> set[Path]:
+    """What engines are known to leave behind: shared memory, and sockets in the temporary directory."""
+    sockets = {p for p in Path(tempfile.gettempdir()).iterdir() if p.is_socket() or p.name.startswith("mdeploy-run-")}
+    return {*Path("/dev/shm").iterdir(), *sockets}
+
+
 def _comm(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
 
 
 def test_the_commands_of_the_mission(hub: str, home: Path, tmp_path: Path) -> None:
+    litter = _litter()
     downloaded = mdeploy("download", DEFAULT)
     assert downloaded.code == 0, downloaded.stderr
     snapshot = Path(downloaded.stdout.strip())
@@ -136,6 +144,7 @@ def test_the_commands_of_the_mission(hub: str, home: Path, tmp_path: Path) -> No
     assert "Application startup complete" in out
     assert _left(home, name) == []
     assert not listens(service["port"])
+    assert _litter() <= litter
 
 
 def _kill_and_check(home: Path, port: int, victim: int) -> None:
@@ -148,7 +157,7 @@ def _kill_and_check(home: Path, port: int, victim: int) -> None:
 
 
 def test_answers_and_deaths(home: Path) -> None:
-    segments = set(Path("/dev/shm").iterdir())
+    litter = _litter()
     port = free_port()
     served = mdeploy("serve", "llm", DEMO_MODEL, "--name", "faq", "-d", "--port", str(port), "--json", timeout=300)
     assert served.code == 0, served.stderr
@@ -164,7 +173,7 @@ def test_answers_and_deaths(home: Path) -> None:
     _kill_and_check(home, port, next(pid for pid in _left(home, "faq") if "cli.main serve" in _comm(pid)))
     assert mdeploy("restart", "faq", timeout=300).code == 0
     _kill_and_check(home, port, (ps("faq") or {})["pid"])
-    assert set(Path("/dev/shm").iterdir()) <= segments
+    assert _litter() <= litter
 
 
 def test_a_shuffled_tensor_gives_wrong_answers(tmp_path: Path) -> None:

@@ -31,8 +31,9 @@ def register(app: typer.Typer) -> None:
 def demo(
     seconds: Annotated[float, typer.Option("--seconds", min=1, max=600, help="How long the load test runs.")] = 10,
 ) -> None:
-    """Mirror, download, serve, ask, bench, stop: the main job on a tiny model shipped with mdeploy.
+    """Run the main job once, on a tiny shipped model.
 
+    Mirror, download, serve, ask, bench, stop.
     Needs an engine (mdeploy engines install vllm). Everything happens in a temporary directory
     and is stopped and removed at the end, also when something fails.
     """

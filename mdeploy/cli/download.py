@@ -34,8 +34,9 @@ def download(
     endpoint: options.Endpoint = None,
     as_json: options.JsonFlag = False,
 ) -> None:
-    """Download a model, verify every file and print its directory.
+    """Download a model; print its directory.
 
+    Every file is verified.
     What an earlier run left is resumed, and a complete model transfers nothing. The cache is the
     one the ModelScope SDK, vLLM and funasr use. Private models: set MODELSCOPE_API_TOKEN.
     """

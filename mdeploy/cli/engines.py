@@ -27,7 +27,7 @@ class EngineKind(str, Enum):
 
 def register(app: typer.Typer) -> None:
     """Add the group."""
-    group = typer.Typer(help="Environments that hold an engine (vLLM).", no_args_is_help=True)
+    group = typer.Typer(help="Environments that hold an engine (vLLM).", no_args_is_help=True, rich_markup_mode=None)
     group.command("install")(install)
     group.command("ls")(ls)
     group.command("rm")(rm)

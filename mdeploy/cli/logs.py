@@ -18,7 +18,10 @@ def logs(
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on printing as it is written.")] = False,
     lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="Lines from the end.")] = 100,
 ) -> None:
-    """Print a service's log, across rotations; -f ends when the service does."""
+    """Print a service's log; -f follows it.
+
+    Reads on across rotations, and ends when the service does.
+    """
     from mdeploy import services, settings
     from mdeploy.supervise import logs as log_files
 

@@ -45,16 +45,20 @@ def run(argv: Sequence[str]) -> int:
     except MdeployError as error:
         return output.fail(error, as_json=as_json)
     except typer.TyperException as error:
-        return output.fail(_usage(error), as_json=as_json)
+        return _misused(error, as_json=as_json)
     except Terminated:
         return 128 + signal.SIGTERM
     except (KeyboardInterrupt, typer.Abort):
         output.say("interrupted")
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:
-        return _reader_left()
+    except BrokenPipeError:  # `mdeploy logs | head`
+        _forget_stdout()
+        return 128 + signal.SIGPIPE
     except OSError as error:
-        return output.fail(MdeployError(f"{error.strerror}: {error.filename or 'standard output'}"), as_json=as_json)
+        if error.filename is None:  # the disk below stdout is full, or it is closed
+            _forget_stdout()
+        where = error.filename or "standard output"
+        return output.fail(MdeployError(f"{where}: {error.strerror}"), as_json=as_json and error.filename is not None)
     return code if isinstance(code, int) else ExitCode.OK
 
 
@@ -65,6 +69,7 @@ def _build(argv: Sequence[str]) -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # plain help: quicker, pipes well, and keeps [default: …] as it is written
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
@@ -113,13 +118,16 @@ def _terminated(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
-def _usage(error: typer.TyperException) -> MdeployError:
+def _misused(error: typer.TyperException, *, as_json: bool) -> int:
+    text = error.format_message()
+    if text.startswith("Usage:"):  # no command given: the help is the message
+        output.say(text)
+        return ExitCode.USAGE
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "mdeploy"
-    return UsageError(error.format_message(), hint=f"{command} --help")
+    return output.fail(UsageError(text, hint=f"{command} --help"), as_json=as_json)
 
 
-def _reader_left() -> int:
-    """`mdeploy logs | head` closes our stdout; keep the interpreter from complaining at exit."""
+def _forget_stdout() -> None:
+    """Keep the interpreter from failing once more when it flushes stdout at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + signal.SIGPIPE  # what a shell reports for it

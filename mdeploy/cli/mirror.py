@@ -31,8 +31,9 @@ def mirror(
         int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 takes a free one.")
     ] = 8700,
 ) -> None:
-    """Serve models to other machines in ModelScope's own protocol, read-only.
+    """Be a hub for other machines.
 
+    Serves models in ModelScope's own protocol, read-only.
     The stock SDK and `mdeploy download` both take it for a hub, without internet. Ends with
     Ctrl-C or SIGTERM.
     """

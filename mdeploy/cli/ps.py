@@ -18,7 +18,10 @@ def register(app: typer.Typer) -> None:
 
 
 def ps(as_json: options.JsonFlag = False) -> None:
-    """List services with their phase: starting, ready, unhealthy, stopping, stopped or failed."""
+    """List services and what is true of them.
+
+    A phase is starting, ready, unhealthy, stopping, stopped or failed.
+    """
     from mdeploy import settings
     from mdeploy.supervise import state
 

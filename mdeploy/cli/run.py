@@ -24,7 +24,10 @@ def run(
     name: Annotated[str, typer.Argument(help="A service that was served before.")],
     manager: Annotated[ManagedBy, typer.Option("--manager", hidden=True)] = ManagedBy.foreground,
 ) -> int:
-    """Run a service under this process: start, watch, stop cleanly on Ctrl-C or SIGTERM."""
+    """Supervise one service until it ends.
+
+    Starts it, watches it and stops it cleanly on Ctrl-C or SIGTERM.
+    """
     from mdeploy import services, settings
 
     return services.run_service(settings.load(), name, manager.value)

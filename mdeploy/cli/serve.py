@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the group."""
-    group = typer.Typer(help="Start a service.", no_args_is_help=True)
+    group = typer.Typer(help="Start a service.", no_args_is_help=True, rich_markup_mode=None)
     group.command("llm")(llm)
     app.add_typer(group, name="serve")
 
@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
 def llm(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(metavar="[MODEL|RECIPE]", help="Hub id, model directory, or recipe (.yaml).")
+        str, typer.Argument(metavar="MODEL|RECIPE", help="Hub id, model directory, or recipe (.yaml).")
     ] = DEFAULT_LLM,
     name: Annotated[str | None, typer.Option("--name", help="Name of the service. [default: the model's]")] = None,
     tp: Annotated[int | None, typer.Option("--tp", help="GPUs (CPU: processes) that share one copy.")] = None,

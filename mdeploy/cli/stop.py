@@ -20,7 +20,10 @@ def register(app: typer.Typer) -> None:
 
 
 def stop(names: Names = None, everything: All = False) -> None:
-    """Stop services: nothing of them stays, no process, no port, no shared memory."""
+    """Stop services; nothing of them stays.
+
+    No process, no port, no shared memory. Stopping what does not run is no error.
+    """
     from mdeploy import services, settings
 
     loaded = settings.load()
@@ -30,7 +33,10 @@ def stop(names: Names = None, everything: All = False) -> None:
 
 
 def restart(names: Names = None, everything: All = False, as_json: options.JsonFlag = False) -> None:
-    """Stop services and start them again as they were, in the background."""
+    """Stop services and start them again.
+
+    They start as they were, in the background.
+    """
     from mdeploy import services, settings
     from mdeploy.cli.ps import row
     from mdeploy.cli.serve import Progress

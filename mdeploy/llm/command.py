@@ -27,6 +27,7 @@ _OURS = {
     "--config": "the flags themselves: vLLM drops `false` from such a file",
     "--uds": "--host and --port",
 }
+_QUIET = "--disable-access-log-for-endpoints"
 _SOURCES = ("engine/arg_utils.py", "entrypoints/cli/serve.py", "entrypoints/**/cli_args.py")
 
 
@@ -49,6 +50,7 @@ def argv(
     if plan.device == "cpu":
         command += ["--enforce-eager"]
         command += ["--kv-cache-memory-bytes", str(plan.kv_cache_bytes)] if plan.kv_cache_bytes else []
+    command += [_QUIET, "/health,/metrics"] if _QUIET in known_flags(engine.python) else []
     return (*command, *extra)
 
 

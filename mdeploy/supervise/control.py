@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mdeploy.errors import MdeployError, NotReadyError
-from mdeploy.specs import ServiceRecord, ServiceStatus
+from mdeploy.specs import ServiceStatus
 from mdeploy.supervise import processes, state
 from mdeploy.supervise.state import ServiceFiles
 
@@ -80,27 +80,28 @@ def stop(files: ServiceFiles) -> bool:
     Safe to repeat and to race with: the supervisor does the work where it lives, otherwise its
     remains are cleared here. Raises NotReadyError for processes that will not die.
     """
-    spec = files.spec()
-    record = files.record()
+    patience_s = files.spec().limits.stop_timeout_s + 15.0
     supervised = files.is_supervised()
-    if supervised:
-        _ask_supervisor(files, record, spec.limits.stop_timeout_s + 15.0)
+    if not _is_gone_after(files, signal.SIGTERM, patience_s) and not _is_gone_after(files, signal.SIGKILL, 10.0):
+        raise NotReadyError(f"the supervisor of {files.name} does not end", hint="it hangs in the kernel: see dmesg")
     remains = _clear(files)
     return supervised or remains
 
 
-def _ask_supervisor(files: ServiceFiles, record: ServiceRecord | None, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    asked: ServiceRecord | None = None
-    while files.is_supervised():
+def _is_gone_after(files: ServiceFiles, sig: int, patience_s: float) -> bool:
+    """Signal the supervisor once and wait for its end; one that takes its place meanwhile is signalled too."""
+    deadline = time.monotonic() + patience_s
+    signalled = None
+    while True:
         record = files.record()
-        if record and record != asked and processes.is_same(record.pid, record.pid_created):
-            if asked is None or asked.pid != record.pid:
-                processes.send([record.pid], signal.SIGTERM)
-            asked = record
-        if time.monotonic() > deadline and asked:
-            processes.send([asked.pid], signal.SIGKILL)
-            deadline = time.monotonic() + 10.0
+        lives = record is not None and processes.is_same(record.pid, record.pid_created)
+        if not lives and not files.is_supervised():
+            return True
+        if record and lives and record.pid != signalled:
+            processes.send([record.pid], sig)
+            signalled = record.pid
+        if time.monotonic() > deadline:
+            return False
         time.sleep(_POLL_S)
 
 
@@ -119,6 +120,7 @@ def _clear(files: ServiceFiles) -> bool:
                 f"processes {pids} of {files.name} do not die", hint="they hang in the kernel: see dmesg"
             )
         processes.unlink_shared_memory(segments)
+        processes.remove_scratch(record.scratch)
         if record.phase != "stopped":
             files.write_record(replace(record, phase="stopped", since=time.time(), detail="", error=None, hint=""))
     return bool(remains)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,7 +22,8 @@ MARKER = "MDEPLOY_RUN_ID"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
 _PROC = Path("/proc")
-_SHM = "/dev/shm/"
+_SHM = Path("/dev/shm")
+_SCRATCH = "mdeploy-run-"
 
 
 def marker_environment(run_id: str) -> dict[str, str]:
@@ -127,31 +130,53 @@ def reap() -> None:
 
 
 def shared_memory(pids: Iterable[int]) -> frozenset[str]:
-    """Files in /dev/shm that these processes have mapped or open."""
-    return frozenset(name for pid in pids for name in _shm_of(pid))
+    """Files in /dev/shm that these processes have mapped or open.
+
+    They are matched by inode: glibc's sem_open maps a file under one name and then gives it
+    another, so the name in /proc/PID/maps is not the one that stays behind.
+    """
+    inodes = {inode for pid in pids for inode in _shm_inodes(pid)}
+    return frozenset(str(path) for path, inode in _segments() if inode in inodes)
 
 
-def _shm_of(pid: int) -> set[str]:
+def _segments() -> Iterable[tuple[Path, int]]:
+    for path in _SHM.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            yield path, path.lstat().st_ino
+
+
+def _shm_inodes(pid: int) -> set[int]:
     found = set()
     with contextlib.suppress(OSError):
         for line in (_PROC / str(pid) / "maps").read_text(errors="replace").splitlines():
-            if _SHM in line:
-                found.add(line[line.index(_SHM) :].removesuffix(" (deleted)"))
+            if f" {_SHM}/" in line:  # address perms offset device inode path
+                found.add(int(line.split(maxsplit=5)[4]))
     with contextlib.suppress(OSError):
         for link in (_PROC / str(pid) / "fd").iterdir():
             with contextlib.suppress(OSError):
-                target = str(link.readlink())
-                if target.startswith(_SHM) and not target.endswith(" (deleted)"):
-                    found.add(target)
+                if str(link.readlink()).startswith(f"{_SHM}/"):
+                    found.add(link.stat().st_ino)
     return found
 
 
 def unlink_shared_memory(names: Iterable[str]) -> None:
     """Remove segments of a run that is over, unless a process still has them mapped."""
-    present = [name for name in names if name.startswith(_SHM) and Path(name).exists()]
-    if not present:
-        return
-    in_use = shared_memory(_all_pids())
-    for name in present:
-        if name not in in_use:
-            Path(name).unlink(missing_ok=True)
+    present = [Path(name) for name in names if Path(name).parent == _SHM and Path(name).exists()]
+    in_use = shared_memory(_all_pids()) if present else frozenset()
+    for path in present:
+        if str(path) not in in_use:
+            path.unlink(missing_ok=True)
+
+
+def scratch(run_id: str) -> Path:
+    """A run's own TMPDIR: vLLM leaves a socket a process in the temporary directory, for ever.
+
+    The name is short because a socket's path may have 107 bytes at most (unix(7)).
+    """
+    return Path(tempfile.gettempdir()) / f"{_SCRATCH}{run_id[:12]}"
+
+
+def remove_scratch(path: str) -> None:
+    """Remove a run's temporary directory, and nothing that is none."""
+    if Path(path).name.startswith(_SCRATCH):
+        shutil.rmtree(path, ignore_errors=True)

@@ -151,7 +151,7 @@ def status(files: ServiceFiles) -> ServiceStatus:
     now = ServiceStatus(
         spec,
         record.phase,
-        record.pid,
+        record.pid if record.phase in _ACTIVE else None,
         record.since,
         record.restarts,
         record.detail,

@@ -66,16 +66,17 @@ class Supervisor:
         self._wake = threading.Event()
         self._shm: frozenset[str] = frozenset()
         self._shm_seen = 0.0
-        pid = os.getpid()
+        pid, run_id = os.getpid(), uuid.uuid4().hex
         self._record = ServiceRecord(
             name=spec.name,
-            run_id=uuid.uuid4().hex,
+            run_id=run_id,
             pid=pid,
             pid_created=processes.created(pid) or 0.0,
             boot_id=processes.boot_id(),
             manager=manager,
             phase="starting",
             since=time.time(),
+            scratch=str(processes.scratch(run_id)),
         )
 
     def run(self) -> int:
@@ -99,6 +100,7 @@ class Supervisor:
         if previous and previous.boot_id == self._record.boot_id:
             processes.sweep(previous.run_id)
             processes.unlink_shared_memory(self._files.shm())
+            processes.remove_scratch(previous.scratch)
 
     def _on_signals(self) -> None:
         def stop(number: int, frame: FrameType | None) -> None:
@@ -111,6 +113,7 @@ class Supervisor:
     def _start(self) -> subprocess.Popen[bytes]:
         spec = self._spec
         check_port(spec.host, spec.port)
+        Path(self._record.scratch).mkdir(mode=0o700)
         engine = subprocess.Popen(
             spec.argv,
             cwd=spec.cwd,
@@ -134,7 +137,8 @@ class Supervisor:
         path = f"{Path(spec.argv[0]).parent}{os.pathsep}{inherited.get('PATH', os.defpath)}"
         marker = processes.marker_environment(self._record.run_id)
         self._secrets = {name: _secret(Path(file)) for name, file in spec.secrets.items()}
-        return {**inherited, "PATH": path, "PYTHONUNBUFFERED": "1", **spec.env, **self._secrets, **marker}
+        ours = {"PATH": path, "TMPDIR": self._record.scratch, "PYTHONUNBUFFERED": "1"}
+        return {**inherited, **ours, **spec.env, **self._secrets, **marker}
 
     # life
 
@@ -234,6 +238,7 @@ class Supervisor:
         """After this nothing of the run is left, and the log is whole."""
         processes.sweep(self._record.run_id)
         processes.unlink_shared_memory(self._shm)
+        processes.remove_scratch(self._record.scratch)
         self._pump.join(timeout=5.0)
         self._writer.close()
 

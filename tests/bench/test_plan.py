@@ -128,7 +128,7 @@ def test_the_hash_names_the_shape_of_the_load_only() -> None:
 
 
 @pytest.mark.parametrize("size", [100, 5, 3, 2])
-@pytest.mark.parametrize("wanted", [11, 12, 64, 1000])
+@pytest.mark.parametrize("wanted", [13, 14, 64, 1000])
 def test_prompts_hit_the_wanted_length(wanted: int, size: int) -> None:
     """Also where many words are several tokens: those are left out."""
     texts = prompts.build(wanted, 0, letters(size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,12 @@ def test_other_flags_are_refused_with_a_way_out(extra: list[str], says: str, hin
         command.check_extra(extra, KNOWN, "0.32.0")
     assert hint in error.value.hint
     assert "secret" not in error.value.message
+
+
+def test_health_checks_stay_out_of_the_access_log_where_vllm_can_do_that(tmp_path: Path) -> None:
+    engine = dataclasses.replace(ENGINE, python=str(vllm_env.make(tmp_path / "env")))
+    argv = command.argv(engine, Path("/m"), ("m",), "::1", 1, GpuPlan("cuda", (0,), 1, None, None, None), ("-q", "awq"))
+    assert argv[-4:] == ("--disable-access-log-for-endpoints", "/health,/metrics", "-q", "awq")
 
 
 def test_where_flags_cannot_be_read_vllm_is_the_judge(tmp_path: Path) -> None:

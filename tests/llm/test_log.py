@@ -38,9 +38,9 @@ def test_progress(line: str, step: str) -> None:
     [
         (
             [
-                "ValueError: To serve at least one request ..., which is larger than the available KV cache memory (1 GiB)."
-            ]
-            + ["RuntimeError: Engine core initialization failed."],
+                "ValueError: To serve one request, which is larger than the available KV cache memory (1 GiB).",
+                "RuntimeError: Engine core initialization failed.",
+            ],
             "KV cache of one request does not fit",
             ExitCode.DOES_NOT_FIT,
         ),
@@ -50,9 +50,8 @@ def test_progress(line: str, step: str) -> None:
         (
             [
                 "pydantic_core.ValidationError: 1 validation error for VllmConfig",
-                "  Value error, Total number of attention heads (2) must be ",
-            ]
-            + ["divisible by tensor parallel size (3). x must be divisible by tensor parallel size"],
+                "  Value error, Total number of attention heads (2) must be divisible by tensor parallel size (3).",
+            ],
             "cannot be divided",
             2,
         ),

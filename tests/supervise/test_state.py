@@ -67,7 +67,8 @@ def test_damaged_files_are_told_of(files: ServiceFiles) -> None:
 def test_a_full_disk_keeps_the_old_state(files: ServiceFiles) -> None:
     files.write_record(_record())
     code = (
-        "import sys; from pathlib import Path; from mdeploy.errors import ConfigError; from mdeploy.supervise import state\n"
+        "import sys; from pathlib import Path\n"
+        "from mdeploy.errors import ConfigError; from mdeploy.supervise import state\n"
         "try: state.write_atomically(Path(sys.argv[1]), b'x' * 100000)\n"
         "except ConfigError as error: print(error.message)"
     )
@@ -96,7 +97,8 @@ def test_names_that_are_no_names(name: str) -> None:
 def test_a_marked_process_is_found_in_a_session_of_its_own_and_swept() -> None:
     run_id = f"test-{os.getpid()}"
     env = {**os.environ, **processes.marker_environment(run_id)}
-    code = "import subprocess, sys; subprocess.Popen(['sleep', '1000'], start_new_session=True, stdout=subprocess.DEVNULL); print(1, flush=True)"
+    sleeper = "subprocess.Popen(['sleep', '1000'], start_new_session=True, stdout=subprocess.DEVNULL)"
+    code = f"import subprocess; {sleeper}; print(1, flush=True)"
     subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, check=True)
     assert len(processes.marked(run_id)) == 1
     assert processes.marked(run_id[:-1]) == ()

@@ -1,0 +1,74 @@
+"""What README tells people to type is typed here, in its order, on real parts."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import DEMO_MODEL, REPO, copy_model, listens, running, until
+
+DEFAULT = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+
+
+def _commands(heading: str) -> list[str]:
+    """The console lines below a heading, up to the next one of the same or a higher level."""
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    level = heading.split()[0]
+    body = re.split(rf"^#{{1,{len(level)}}} ", text.split(f"{heading}\n")[1], maxsplit=1, flags=re.MULTILINE)[0]
+    blocks = re.findall(r"```console\n(.*?)```", body, re.DOTALL)
+    return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+
+
+def _sh(command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run one line as a shell does, with our `mdeploy` first on the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", command], env={**os.environ, "PATH": path, **env}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"$ {command}\n{done.stdout}{done.stderr}"
+    return done
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("real_engine")
+def test_the_commands_of_the_sections_use_and_below(tmp_path: Path) -> None:
+    copy_model(DEMO_MODEL, tmp_path / "data/models" / DEFAULT)
+    mirror, elsewhere = _commands("### Without internet")
+    argument = mirror.replace("/data/models", str(tmp_path / "data/models")).split()
+    with running(*argument[1:]) as server:
+        until(lambda: listens(8700), what="the mirror listens")
+        downloaded = _sh(elsewhere.replace("10.0.0.5", "127.0.0.1"))
+        assert Path(downloaded.stdout.strip(), "config.json").is_file()
+        use = [line for line in _commands("## Use") if line not in (mirror, elsewhere)]
+        assert len(use) >= 12
+        outputs = {line: _sh(line, MODELSCOPE_ENDPOINT="http://127.0.0.1:8700").stdout for line in use[:9]}
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=20)
+    assert "ready" in outputs["mdeploy ps"]
+    assert DEFAULT in outputs["curl -s http://127.0.0.1:8000/v1/models"]
+    assert "***" in _sh(_commands("### Addresses and keys")[0]).stdout
+    assert "vllm" in _sh("mdeploy engines ls").stdout
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_quickstart_from_a_fresh_clone_twice(tmp_path: Path, home: Path) -> None:
+    assert _commands("## Set up") == ["scripts/quickstart", "scripts/test"]
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(REPO), str(clone)], check=True)
+    for _ in range(2):
+        done = subprocess.run(
+            ["scripts/quickstart"], cwd=clone, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "mdeploy takes a ModelScope model to a running service" in done.stdout
+        assert "first token (TTFT)" in done.stdout
+    assert list((home / "engines").glob("[!.]*"))
+    assert not list((home / "services").glob("*"))
