@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdeploy import gpus, recipes
+from mdeploy.bench.types import BenchTarget
 from mdeploy.engines import install as engine_install
 from mdeploy.engines import store as engine_store
 from mdeploy.errors import ConfigError, MdeployError, NotFoundError, UsageError
@@ -19,7 +20,6 @@ from mdeploy.llm import command, facts, log, plan
 from mdeploy.paths import Paths
 from mdeploy.settings import Settings
 from mdeploy.specs import (
-    BenchTarget,
     Diagnosis,
     Engine,
     GpuPlan,

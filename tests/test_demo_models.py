@@ -36,5 +36,5 @@ def test_a_short_training_run_writes_the_same_kind_of_model(real_engine: Path, t
     assert {p.name for p in made.iterdir()} == {p.name for p in DEMO_MODEL.iterdir()}
     assert facts.read(made) == facts.read(DEMO_MODEL)
     assert json.loads((made / "faq.json").read_text()) == json.loads((DEMO_MODEL / "faq.json").read_text())
-    done = subprocess.run([*command[:3], "--out", str(tmp_path), "--check", "faq"], capture_output=True, check=False)
-    assert done.returncode != 0
+    check = subprocess.run([*command[:3], "--out", str(tmp_path), "--check", "faq"], capture_output=True, check=False)
+    assert check.returncode != 0

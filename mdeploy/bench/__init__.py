@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mdeploy.specs import BenchOptions, BenchResult, BenchTarget
+from mdeploy.bench.types import BenchOptions, BenchResult, BenchTarget
 
 if TYPE_CHECKING:
     from mdeploy.bench.load import OnProgress

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from mdeploy.bench.load import Outcome
 from mdeploy.bench.stats import Histogram, merged, summarize
+from mdeploy.bench.types import BenchAudit, LoadPlan, Percentiles, Sample
 from mdeploy.bench.wire import CANCELLED
-from mdeploy.specs import BenchAudit, LoadPlan, Percentiles, Sample
 
 LAG_FLOOR_MS = 1.0
 LAG_SHARE_OF_TTFT = 0.02

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 from mdeploy.bench import plan, targets
 from mdeploy.bench.prompts import Count
+from mdeploy.bench.types import BenchOptions, BenchTarget
 from mdeploy.errors import ConfigError, MdeployError, NotFoundError, NotReadyError, UnavailableError
-from mdeploy.specs import BenchOptions, BenchTarget
 
 if TYPE_CHECKING:
     import httpx

@@ -19,9 +19,9 @@ from typing import Any
 
 import mdeploy
 from mdeploy.bench import plan as planning
+from mdeploy.bench.types import BenchProgress, LoadPlan
 from mdeploy.bench.wire import GO, Frames, Job, Tick, WorkerReport, frame
 from mdeploy.errors import MdeployError
-from mdeploy.specs import BenchProgress, LoadPlan
 
 OnProgress = Callable[[BenchProgress], None]
 

@@ -26,7 +26,7 @@ import orjson
 
 from mdeploy.bench import clock, mock_script
 from mdeploy.bench.mock_script import FAULTS, MockOptions, Script, Write
-from mdeploy.specs import BenchEndpoint
+from mdeploy.bench.types import BenchEndpoint
 
 _ENDPOINTS: dict[str, BenchEndpoint] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 _STDIN = 0

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import orjson
 
-from mdeploy.specs import BenchEndpoint
+from mdeploy.bench.types import BenchEndpoint
 
 Fault = Literal["none", "503", "error", "truncate", "no-done", "reset", "hang", "garbage", "empty"]
 FAULTS: tuple[Fault, ...] = ("none", "503", "error", "truncate", "no-done", "reset", "hang", "garbage", "empty")

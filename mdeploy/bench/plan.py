@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 from mdeploy.bench import targets
 from mdeploy.bench.prompts import Prompts, spell
+from mdeploy.bench.types import BenchOptions, BenchTarget, LoadPlan
 from mdeploy.bench.wire import Job
 from mdeploy.errors import UsageError
-from mdeploy.specs import BenchOptions, BenchTarget, LoadPlan
 
 DEFAULT_DURATION_S = 30.0
 _STREAMS_PER_WORKER = 256

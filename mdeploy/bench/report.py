@@ -12,16 +12,8 @@ from mdeploy import __version__
 from mdeploy.bench import audit
 from mdeploy.bench.load import Outcome
 from mdeploy.bench.stats import count_by, merged, summarize
+from mdeploy.bench.types import BenchRequests, BenchResult, BenchThroughput, BenchTokens, LoadPlan, Percentiles, Sample
 from mdeploy.bench.wire import CANCELLED
-from mdeploy.specs import (
-    BenchRequests,
-    BenchResult,
-    BenchThroughput,
-    BenchTokens,
-    LoadPlan,
-    Percentiles,
-    Sample,
-)
 
 # A window shorter than this part of the run is mostly start and end; the whole run is used instead.
 _LEAST_STEADY = 0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from mdeploy.specs import Percentiles
+from mdeploy.bench.types import Percentiles
 
 NEEDED = {"p50": 1, "p90": 44, "p99": 460, "p999": 4600}
 """Smallest sample for a percentile q: the largest of n values exceeds q with 99 % probability,

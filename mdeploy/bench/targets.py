@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mdeploy.specs import BenchEndpoint
+from mdeploy.bench.types import BenchEndpoint
 
 NONE, REASONING, ANSWER = 0, 1, 2
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from mdeploy.bench.stats import Histogram
-from mdeploy.specs import LoadPlan, Sample
+from mdeploy.bench.types import LoadPlan, Sample
 
 READY = "ready"
 GO = b"\n"

@@ -18,8 +18,8 @@ from mdeploy.bench import clock, targets
 from mdeploy.bench.plan import request_bytes
 from mdeploy.bench.stats import Histogram
 from mdeploy.bench.stream import Counters, Stream
+from mdeploy.bench.types import Sample
 from mdeploy.bench.wire import CANCELLED, READY, Job, Tick, WorkerReport, frame, read_frame
-from mdeploy.specs import Sample
 
 _READ_BYTES = 65_536
 _TICK_S = 0.05

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mdeploy.bench.types import BenchEndpoint, BenchOptions, BenchProgress, BenchResult, BenchTarget
 from mdeploy.cli import options, output
 from mdeploy.errors import ConfigError, ExitCode, UsageError
-from mdeploy.specs import SCHEMA, BenchEndpoint, BenchOptions, BenchProgress, BenchResult, BenchTarget, to_json
+from mdeploy.specs import SCHEMA, to_json
 
 if TYPE_CHECKING:
     from mdeploy.bench.load import OnProgress

@@ -140,7 +140,7 @@ def _stream(status: ServiceStatus, question: str) -> Iterator[str]:
 def _bench(loaded: Settings, status: ServiceStatus, seconds: float) -> None:
     from mdeploy import bench, services
     from mdeploy.bench import report
-    from mdeploy.specs import BenchOptions
+    from mdeploy.bench.types import BenchOptions
 
     asked = BenchOptions(concurrency=4, duration_s=seconds, input_tokens=64, output_tokens=32)
     name = status.spec.name

@@ -10,8 +10,8 @@ import pytest
 from mdeploy.bench import plan, prompts, report
 from mdeploy.bench.load import Outcome
 from mdeploy.bench.stats import Histogram
+from mdeploy.bench.types import BenchOptions, BenchResult, BenchTarget, LoadPlan, Sample
 from mdeploy.bench.wire import CANCELLED, WorkerReport
-from mdeploy.specs import BenchOptions, BenchResult, BenchTarget, LoadPlan, Sample
 
 S = 1_000_000_000
 MS = 1_000_000

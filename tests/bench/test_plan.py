@@ -8,8 +8,8 @@ import pytest
 
 from mdeploy.bench import plan, prompts
 from mdeploy.bench.prompts import LITTLE_WORDS, WORDS
+from mdeploy.bench.types import BenchOptions, BenchTarget, LoadPlan
 from mdeploy.errors import UsageError
-from mdeploy.specs import BenchOptions, BenchTarget, LoadPlan
 
 TARGET = BenchTarget("http://gpu:8000/v1/", "m", "sk-secret")
 ADDRESS = (int(socket.AF_INET), ("127.0.0.1", 8000))

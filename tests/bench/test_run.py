@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mdeploy import bench
+from mdeploy.bench.types import BenchOptions, BenchProgress, BenchResult, BenchTarget
 from mdeploy.errors import (
     ConfigError,
     MdeployError,
@@ -18,7 +19,6 @@ from mdeploy.errors import (
     UnavailableError,
     UsageError,
 )
-from mdeploy.specs import BenchOptions, BenchProgress, BenchResult, BenchTarget
 from tests.bench.mocks import mock, truth
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from mdeploy.bench import targets
 from mdeploy.bench.stream import Counters, Stream
-from mdeploy.specs import BenchEndpoint
+from mdeploy.bench.types import BenchEndpoint
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 END = b"0\r\n\r\n"
