@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mdeploy.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class Paths:
@@ -51,9 +53,17 @@ class Paths:
         return self.services / name
 
 
+def expand(path: str | Path) -> Path:
+    """An absolute path with a leading ~ resolved; raises ConfigError for a user that does not exist."""
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: there is no such user", hint="write the path out") from error
+
+
 def default_home(env: Mapping[str, str]) -> Path:
     """Root's state belongs to the machine, everybody else's to the user (XDG base directories)."""
     if os.geteuid() == 0:
         return Path("/var/lib/mdeploy")
-    state = env.get("XDG_STATE_HOME") or str(Path(env.get("HOME", "~")).expanduser() / ".local" / "state")
+    state = env.get("XDG_STATE_HOME") or str(expand(env.get("HOME", "~")) / ".local" / "state")
     return Path(state) / "mdeploy"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from mdeploy.errors import ConfigError
+from mdeploy.errors import ConfigError, NotFoundError
 from mdeploy.paths import Paths
 from mdeploy.specs import Recipe
 
@@ -42,6 +42,8 @@ def load(path: Path) -> Recipe:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
         strict = with_config(ConfigDict(extra="forbid"))(Recipe)
         return TypeAdapter(strict).validate_python(data)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"no recipe {path}", hint="mdeploy serve llm MODEL needs none") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read recipe {path}: {error}") from error
     except ValidationError as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mdeploy.errors import ConfigError
-from mdeploy.paths import Paths, default_home
+from mdeploy.paths import Paths, default_home, expand
 
 DEFAULT_ENDPOINT = "https://www.modelscope.cn"
 
@@ -57,7 +57,7 @@ class Settings:
     @property
     def paths(self) -> Paths:
         """The disk tree these settings point at."""
-        return Paths(Path(self.require("home")).expanduser().absolute())
+        return Paths(expand(self.require("home")))
 
 
 def load(
@@ -74,7 +74,7 @@ def load(
     dotenv = _read_dotenv((cwd or Path.cwd()) / ".env")
     defaults = _defaults(env)
     home = flags.get("home") or env.get("MDEPLOY_HOME") or dotenv.get("MDEPLOY_HOME") or defaults["home"]
-    file = _read_config(Paths(Path(str(home)).expanduser()).config)
+    file = _read_config(Paths(expand(str(home))).config)
     values = {}
     for name, variable in VARIABLES.items():
         layers = (
@@ -92,7 +92,7 @@ def _defaults(env: Mapping[str, str]) -> dict[str, str]:
     return {
         "home": str(default_home(env)),
         "host": "127.0.0.1",
-        "cache_dir": str(Path(env.get("HOME", "~")).expanduser() / ".cache" / "modelscope"),
+        "cache_dir": str(expand(env.get("HOME", "~")) / ".cache" / "modelscope"),
         "endpoint": DEFAULT_ENDPOINT,
     }
 

@@ -23,7 +23,8 @@ def to_json(value: Any) -> bytes:
     """A dataclass as indented JSON with a stable key order."""
     import orjson
 
-    return orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    # sorted: sets have no JSON of their own
+    return orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE, default=sorted)
 
 
 def from_json(cls: type[T], data: bytes) -> T:
@@ -236,7 +237,6 @@ class ServiceStatus:
     error: str | None = None
     hint: str = ""
     exit_code: int = 0
-    leftovers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from tests import support
 from tests.fakes import vllm_env
 
 _FOREIGN = ("MODELSCOPE_", "MDEPLOY_", "VLLM_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "OPENAI_")
+
+
+# A suite started in the background inherits an ignored SIGINT, and so would every child of ours.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

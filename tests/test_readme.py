@@ -7,11 +7,12 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from tests.support import DEMO_MODEL, REPO, copy_model, listens, running, until
+from tests.support import DEMO_MODEL, REPO, copy_model, listens, processes_with, running, until
 
 DEFAULT = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 
@@ -71,4 +72,5 @@ def test_quickstart_from_a_fresh_clone_twice(tmp_path: Path, home: Path) -> None
         assert "mdeploy takes a ModelScope model to a running service" in done.stdout
         assert "first token (TTFT)" in done.stdout
     assert list((home / "engines").glob("[!.]*"))
-    assert not list((home / "services").glob("*"))
+    assert processes_with("mdeploy-demo-") == []
+    assert not list(Path(tempfile.gettempdir()).glob("mdeploy-demo-*"))

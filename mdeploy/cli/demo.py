@@ -82,24 +82,23 @@ def _settings_in(place: Path, real: Settings, endpoint: str) -> Settings:
 
 
 def _download(loaded: Settings) -> None:
-    from mdeploy import services
+    from mdeploy import prepare
     from mdeploy.hub import refs
 
     _step(f"mdeploy download {_MODEL}", "through the modelscope SDK")
-    model = services.download(loaded, refs.parse(_MODEL, None))
+    model = prepare.download(loaded, refs.parse(_MODEL, None))
     output.say(f"  {model.files} files, {output.human_bytes(model.bytes)}, into {model.path}")
 
 
 @contextlib.contextmanager
 def _service(loaded: Settings) -> Iterator[ServiceStatus]:
-    from mdeploy import services
+    from mdeploy import prepare, services
     from mdeploy.cli.serve import Progress
     from mdeploy.specs import LlmOptions
 
     _step(f"mdeploy serve llm {_MODEL} -d", "vLLM under our supervisor")
-    request = services.LlmRequest(_MODEL, LlmOptions(), name="demo")
-    spec = services.prepare_llm(loaded, request, dry_run=False, progress=None, say=output.say)
-    services.save(loaded, spec)
+    request = prepare.LlmRequest(_MODEL, LlmOptions(), name="demo")
+    spec = prepare.prepare_llm(loaded, request, dry_run=False, progress=None, say=output.say)
     try:
         yield services.launch(loaded, spec.name, Progress())
     finally:
@@ -119,6 +118,16 @@ def _ask(status: ServiceStatus, question: str, expected: str) -> None:
 
 def _stream(status: ServiceStatus, question: str) -> Iterator[str]:
     """The answer, piece by piece, as server-sent events bring it."""
+    import httpx
+
+    try:
+        yield from _events(status, question)
+    except (httpx.HTTPError, ValueError, LookupError) as error:
+        hint = f"mdeploy logs {status.spec.name}"
+        raise MdeployError(f"the service gave no proper answer: {error!r}", hint=hint) from error
+
+
+def _events(status: ServiceStatus, question: str) -> Iterator[str]:
     import httpx
 
     body = {

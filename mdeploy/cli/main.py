@@ -5,6 +5,7 @@ Only the module of the verb in use is imported: `mdeploy ps` must not pay for th
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -18,6 +19,8 @@ import typer
 from mdeploy import __version__
 from mdeploy.cli import output
 from mdeploy.errors import ExitCode, MdeployError, UsageError
+
+_STDOUT_IS_LOST = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
 
 # verb -> module that registers it, in the order `--help` lists them
 VERBS = {
@@ -40,14 +43,17 @@ def run(argv: Sequence[str]) -> int:
     ours, engines = _split(argv)
     as_json = "--json" in ours
     signal.signal(signal.SIGTERM, _terminated)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup it stays ignored
+        signal.signal(signal.SIGHUP, _terminated)
     try:
+        _check_words(ours)
         code = _build(ours)(args=list(ours), obj=tuple(engines), prog_name="mdeploy", standalone_mode=False)
     except MdeployError as error:
         return output.fail(error, as_json=as_json)
     except typer.TyperException as error:
         return _misused(error, as_json=as_json)
-    except Terminated:
-        return 128 + signal.SIGTERM
+    except Terminated as signalled:
+        return 128 + signalled.number
     except (KeyboardInterrupt, typer.Abort):
         output.say("interrupted")
         return ExitCode.INTERRUPTED
@@ -55,10 +61,7 @@ def run(argv: Sequence[str]) -> int:
         _forget_stdout()
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.filename is None:  # the disk below stdout is full, or it is closed
-            _forget_stdout()
-        where = error.filename or "standard output"
-        return output.fail(MdeployError(f"{where}: {error.strerror}"), as_json=as_json and error.filename is not None)
+        return _no_io(error, as_json=as_json)
     return code if isinstance(code, int) else ExitCode.OK
 
 
@@ -107,15 +110,27 @@ def _split(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     return argv, ()
 
 
+def _check_words(words: Sequence[str]) -> None:
+    """An empty word is a shell variable that was never set; bytes that are no text end in no JSON."""
+    if "" in words:
+        raise UsageError("an argument is empty", hint="is a variable of the shell not set?")
+    if any("\udc80" <= char <= "\udcff" for word in words for char in word):
+        raise UsageError("an argument is not valid UTF-8", hint="rename the file or set LC_ALL=C.UTF-8")
+
+
 class Terminated(BaseException):
     """SIGTERM unwinds like Ctrl-C, so that whatever cleans up at one cleans up at the other.
 
     No KeyboardInterrupt: Typer would turn that into an exit code of its own.
     """
 
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
 
 def _terminated(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+    raise Terminated(number)
 
 
 def _misused(error: typer.TyperException, *, as_json: bool) -> int:
@@ -126,6 +141,14 @@ def _misused(error: typer.TyperException, *, as_json: bool) -> int:
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "mdeploy"
     return output.fail(UsageError(text, hint=f"{command} --help"), as_json=as_json)
+
+
+def _no_io(error: OSError, *, as_json: bool) -> int:
+    if error.filename is None and error.errno in _STDOUT_IS_LOST:
+        _forget_stdout()
+        return output.fail(MdeployError(f"standard output: {error.strerror}"), as_json=False)
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return output.fail(MdeployError(what), as_json=as_json)
 
 
 def _forget_stdout() -> None:

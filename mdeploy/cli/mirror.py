@@ -39,9 +39,10 @@ def mirror(
     """
     from mdeploy import settings
     from mdeploy.hub.mirror import create_server
+    from mdeploy.paths import expand
 
     address = settings.load(flags={"host": host}).require("host")
-    server = create_server(directory.expanduser(), address, port)
+    server = create_server(expand(directory), address, port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         thread = threading.Thread(target=server.serve_forever, daemon=True)

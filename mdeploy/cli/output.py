@@ -5,6 +5,7 @@ Commands hand over frozen results; nothing below the command line prints.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -57,15 +58,18 @@ def stderr_console() -> Console:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Rows under a header, aligned by display width (CJK counts two), the last column left ragged."""
-    from rich.cells import cell_len
+    """Rows under a header, aligned by display width (CJK counts two); on a terminal no line wraps."""
+    from rich.cells import cell_len, set_cell_size
+
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
     lines = [tuple(columns), *(tuple(row) for row in rows)]
     widths = [max(cell_len(line[i]) for line in lines) for i in range(len(columns))]
 
     def render(line: Sequence[str]) -> str:
         cells = (cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True))
-        return "  ".join(cells).rstrip()
+        text = "  ".join(cells).rstrip()
+        return text if width is None or cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
 
     return "\n".join(render(line) for line in lines)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from mdeploy.cli import options, output
+from mdeploy.errors import UsageError
 from mdeploy.recipes import DEFAULT_LLM
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def llm(
     revision: options.Revision = None,
     engine: options.EngineName = None,
     start_timeout: Annotated[
-        float | None, typer.Option("--start-timeout", metavar="S", help="Seconds to become ready. [default: 1800]")
+        float | None,
+        typer.Option("--start-timeout", min=1, metavar="S", help="Time to become ready. [default: 1800]"),
     ] = None,
     detach: Annotated[
         bool, typer.Option("-d", "--detach", help="Go on in the background once it has answered.")
@@ -62,23 +64,24 @@ def llm(
     MDEPLOY_API_KEY. Runs in the foreground until Ctrl-C unless -d is given. What stands after
     -- goes to vLLM as it is: mdeploy serve llm -- --max-num-seqs 64
     """
-    from mdeploy import services, settings
+    from mdeploy import prepare, services, settings
     from mdeploy.cli.download import progress_bar
     from mdeploy.specs import LlmOptions
 
+    if as_json and not (detach or dry_run):
+        raise UsageError("--json goes with -d or --dry-run", hint="in the foreground stdout is the engine's log")
     loaded = settings.load()
     wish = LlmOptions(tp, _gpus(gpus), gpu_memory_utilization, max_model_len, dtype, tuple(context.obj or ()))
-    request = services.LlmRequest(model, wish, name, host, port, insecure, engine, revision, start_timeout)
+    request = prepare.LlmRequest(model, wish, name, host, port, insecure, engine, revision, start_timeout)
     with progress_bar() as bar:
-        spec = services.prepare_llm(loaded, request, dry_run=dry_run, progress=bar, say=output.say)
+        spec = prepare.prepare_llm(loaded, request, dry_run=dry_run, progress=bar, say=output.say)
     if dry_run:
         output.emit(_described(spec), as_json=as_json, human=lambda: _rendered(spec))
         return
-    files = services.save(loaded, spec)
     for reason in spec.plan.reasons if spec.plan else ():
         output.say(reason)
     if not detach:
-        _foreground(spec, files)
+        _foreground(spec, services.files_of(loaded, spec.name))
     status = services.launch(loaded, spec.name, Progress())
     output.emit(_row(status), as_json=as_json, human=lambda: _welcome(status))
 
@@ -86,8 +89,8 @@ def llm(
 def _gpus(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
-    parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts) or len(set(parts)) != len(parts):
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and part.isascii() for part in parts) or len(set(map(int, parts))) != len(parts):
         raise typer.BadParameter("GPU numbers separated by commas, each once, like 0,1", param_hint="--gpus")
     return tuple(int(part) for part in parts)
 
@@ -99,6 +102,7 @@ def _foreground(spec: ServiceSpec, files: ServiceFiles) -> NoReturn:
     output.say(f"starting {spec.name} on {spec.url} (Ctrl-C stops it)")
     sys.stdout.flush()
     command, env = run_command(files)
+    os.chdir("/")  # `python -m` imports from the current directory first
     os.execve(command[0], command, env)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mdeploy.cli import options, output
-from mdeploy.errors import UsageError
+from mdeploy.errors import MdeployError, UsageError
+
+if TYPE_CHECKING:
+    from mdeploy.specs import ServiceStatus
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="NAME…", help="Services, as `mdeploy ps` names them.")]
 All = Annotated[bool, typer.Option("--all", help="Every service.")]
@@ -27,9 +31,12 @@ def stop(names: Names = None, everything: All = False) -> None:
     from mdeploy import services, settings
 
     loaded = settings.load()
-    for name in _chosen(names, everything, [s.spec.name for s in services.list_services(loaded)]):
+
+    def one(name: str) -> None:
         was_running = services.stop_service(loaded, name)
         output.say(f"{name} stopped" if was_running else f"{name} was not running")
+
+    _each(_chosen(names, everything, lambda: [s.spec.name for s in services.list_services(loaded)]), one)
 
 
 def restart(names: Names = None, everything: All = False, as_json: options.JsonFlag = False) -> None:
@@ -42,16 +49,35 @@ def restart(names: Names = None, everything: All = False, as_json: options.JsonF
     from mdeploy.cli.serve import Progress
 
     loaded = settings.load()
-    running = [s.spec.name for s in services.list_services(loaded) if s.phase != "stopped"]
-    started = []
-    for name in _chosen(names, everything, running):
+    started: list[ServiceStatus] = []
+
+    def one(name: str) -> None:
         services.stop_service(loaded, name)
         started.append(services.launch(loaded, name, Progress()))
         output.say(f"{name} is ready: {started[-1].spec.url}/v1")
+
+    def running() -> list[str]:
+        return [s.spec.name for s in services.list_services(loaded) if s.phase != "stopped"]
+
+    _each(_chosen(names, everything, running), one)
     output.emit({"services": [row(s) for s in started]}, as_json=as_json, human=str)
 
 
-def _chosen(names: list[str] | None, everything: bool, all_names: list[str]) -> list[str]:
+def _each(names: list[str], action: Callable[[str], None]) -> None:
+    """Do it for every name; the first failure is raised once all have had their turn."""
+    failures: list[MdeployError] = []
+    for name in names:
+        try:
+            action(name)
+        except MdeployError as error:
+            failures.append(error)
+    for other in failures[1:]:
+        output.say(f"error: {other.message}")
+    if failures:
+        raise failures[0]
+
+
+def _chosen(names: list[str] | None, everything: bool, all_names: Callable[[], list[str]]) -> list[str]:
     if everything == bool(names):
         raise UsageError("name services, or say --all", hint="mdeploy ps lists them")
-    return all_names if everything else list(dict.fromkeys(names or []))
+    return all_names() if everything else list(dict.fromkeys(names or []))

@@ -23,7 +23,8 @@ DEFAULT_VERSION = "0.32.0"
 """The version these plans, flags and log patterns were checked against."""
 
 _CPU_INDEX = "https://wheels.vllm.ai/{version}/cpu"
-_NEEDS_PYTHON = ((3, 11), ">=3.11,<3.14")
+_PYTHONS = ((3, 11), (3, 14))
+"""vLLM's interpreters: from the first, below the second."""
 
 # CUDA builds of these on a package index break an environment that holds torch's CPU build, and
 # a text server imports none of them.
@@ -62,10 +63,7 @@ def attempts(variant: str, version: str) -> tuple[Attempt, ...]:
         arguments = (f"vllm=={version}", "--torch-backend=auto")
         return (Attempt(f"vllm {version} for CUDA", arguments, {}, {}),)
     shim = {"shim/pyproject.toml": _SHIM.format(version=version)}
-    index = {
-        "UV_EXTRA_INDEX_URL": _CPU_INDEX.format(version=version),
-        "UV_INDEX_STRATEGY": "unsafe-best-match",
-    }
+    index = {"UV_EXTRA_INDEX_URL": _CPU_INDEX.format(version=version)}
     return (
         Attempt("vLLM's own CPU wheel", (f"vllm=={version}+cpu", "--torch-backend=cpu"), index, {}),
         Attempt(
@@ -78,14 +76,19 @@ def attempts(variant: str, version: str) -> tuple[Attempt, ...]:
     )
 
 
+def name_of(variant: str, version: str | None) -> str:
+    """What the engine is called. Raises UsageError for a version that is none."""
+    return f"vllm-{variant}-{_checked(version or DEFAULT_VERSION)}"
+
+
 def install(root: Path, variant: str, version: str | None, say: Say) -> Engine:
     """Build the engine environment and return its record; an interrupted build leaves nothing.
 
     Raises UsageError for a version that is none, UnavailableError with every attempt's reason
     where no source has it.
     """
-    version = _checked(version or DEFAULT_VERSION)
-    name = f"vllm-{variant}-{version}"
+    name = name_of(variant, version)
+    version = version or DEFAULT_VERSION
     env = _uv_environment()
     with store.building(root, name) as directory:
         _uv(
@@ -96,6 +99,8 @@ def install(root: Path, variant: str, version: str | None, say: Say) -> Engine:
         )
         failures = []
         for attempt in attempts(variant, version):
+            if env.get("UV_NO_INDEX") and attempt.env:
+                continue  # this machine is told to ask no index
             say(f"installing {attempt.title} …")
             problem = _try(attempt, directory, env, say)
             if problem is None:
@@ -122,8 +127,10 @@ def _unavailable(version: str, variant: str, failures: list[str]) -> Unavailable
 
 def _python() -> str:
     """Our own interpreter where vLLM supports it, else any that uv finds."""
-    oldest, wanted = _NEEDS_PYTHON
-    return sys.executable if sys.version_info[:2] >= oldest else wanted
+    oldest, beyond = _PYTHONS
+    if oldest <= sys.version_info[:2] < beyond:
+        return sys.executable
+    return f">={oldest[0]}.{oldest[1]},<{beyond[0]}.{beyond[1]}"
 
 
 def _uv_environment() -> dict[str, str]:
@@ -153,14 +160,15 @@ class _UvError(ConfigError):
     def __init__(self, lines: list[str]) -> None:
         wanted = [line for line in lines if re.search(r"cause:|Because|error:", line)] or lines or ["uv failed"]
         self.reason = re.sub(r"^\W*(cause|error):\s*", "", wanted[-1].strip())
-        super().__init__(f"uv could not make an environment: {self.reason}")
+        hint = "vLLM needs Python 3.11 to 3.13: install one (apt install python3.11) or name it in UV_PYTHON"
+        super().__init__(f"uv could not make an environment: {self.reason}", hint=hint)
 
 
 def _uv(command: list[str], directory: Path, env: Mapping[str, str], say: Say) -> None:
     from uv import find_uv_bin
 
     with subprocess.Popen(
-        [find_uv_bin(), "--no-config", *command],
+        [find_uv_bin(), *command],
         cwd=directory,
         env=dict(env),
         stdin=subprocess.DEVNULL,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,10 +41,11 @@ def _read(path: Path) -> Engine:
         raise ConfigError(f"engine record {path} cannot be read: {error}", hint=hint) from error
 
 
-def find(root: Path, wanted: str | None, *, prefer_cuda: bool) -> Engine:
+def find(root: Path, wanted: str | None, has_gpu: Callable[[], bool]) -> Engine:
     """The engine called `wanted` (a name, or `vllm[@VERSION]`), or the best one for this machine.
 
     Without a name a CUDA engine is taken where there is a GPU, else a CPU one; the newest wins.
+    `has_gpu` is only asked where there is a choice.
     Raises NotFoundError, which names the command that installs one.
     """
     engines = listing(root)
@@ -53,7 +55,8 @@ def find(root: Path, wanted: str | None, *, prefer_cuda: bool) -> Engine:
         known = ", ".join(engine.name for engine in engines)
         install = "mdeploy engines install vllm"
         raise NotFoundError(what, hint=f"{install}   (installed: {known})" if known else install)
-    first = "cuda" if prefer_cuda else "cpu"
+    choice = len({engine.variant for engine in matching}) > 1
+    first = "cuda" if choice and has_gpu() else "cpu"
     return max(matching, key=lambda engine: (engine.variant == first, _sortable(engine.version)))
 
 
@@ -93,19 +96,17 @@ def inspect(python: Path, name: str | None = None, *, managed: bool) -> Engine:
 def adopt(root: Path, python: Path, name: str | None = None) -> Engine:
     """Use an environment somebody else made; we only write down where it is."""
     engine = inspect(python, managed=False)
-    if name is None:
-        engine = _renamed(engine, f"{engine.name}-adopted")
-    if (root / engine.name / _RECORD).is_file() and _read(root / engine.name / _RECORD).managed:
-        raise UsageError(f"engine {engine.name} already exists", hint=f"mdeploy engines rm {engine.name}")
+    others = {other.name for other in listing(root) if other.python != engine.python}
+    adopted = name or f"{engine.name}-adopted"
+    number = 2
+    while name is None and adopted in others:
+        adopted, number = f"{engine.name}-adopted-{number}", number + 1
+    if adopted in others:
+        raise UsageError(f"engine {adopted} already exists", hint=f"mdeploy engines rm {adopted}")
+    engine = dataclasses.replace(engine, name=adopted)
     with building(root, engine.name) as directory:
         (directory / _RECORD).write_bytes(to_json(engine))
     return engine
-
-
-def _renamed(engine: Engine, name: str) -> Engine:
-    import dataclasses
-
-    return dataclasses.replace(engine, name=name)
 
 
 def finish(directory: Path, name: str) -> Engine:

@@ -9,6 +9,7 @@ from mdeploy.errors import UnavailableError
 from mdeploy.hub import listing, sdk, store
 from mdeploy.hub.listing import Listing
 from mdeploy.hub.sdk import Progress
+from mdeploy.paths import expand
 from mdeploy.specs import LocalModel, ModelRef
 
 __all__ = ["Progress", "download"]
@@ -31,10 +32,10 @@ def download(
     """
     started = time.monotonic()
     endpoint = listing.check_endpoint(endpoint)
-    cache_dir = cache_dir.expanduser().absolute()
+    cache_dir = expand(cache_dir)
     token = token or sdk.login_token(endpoint)
     found = _listing(ref, endpoint, token, cache_dir)
-    target = local_dir.expanduser().absolute() if local_dir else store.destination(ref, cache_dir)
+    target = expand(local_dir) if local_dir else store.destination(ref, cache_dir)
     fetched = _fetch(ref, found, target, cache_dir, endpoint, token, progress or sdk.Silent())
     total = sum(file.size for file in found.files)
     seconds = time.monotonic() - started

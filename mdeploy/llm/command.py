@@ -26,6 +26,12 @@ _OURS = {
     "--api-key": "the environment variable MDEPLOY_API_KEY: a key on a command line is public",
     "--config": "the flags themselves: vLLM drops `false` from such a file",
     "--uds": "--host and --port",
+    "--pipeline-parallel-size": "--tp: the plan counts GPUs by it",
+    "-pp": "--tp: the plan counts GPUs by it",
+    "--data-parallel-size": "one service a GPU, each with its --gpus",
+    "-dp": "one service a GPU, each with its --gpus",
+    "--ssl-keyfile": "a proxy in front: readiness is asked over http",
+    "--ssl-certfile": "a proxy in front: readiness is asked over http",
 }
 _QUIET = "--disable-access-log-for-endpoints"
 _SOURCES = ("engine/arg_utils.py", "entrypoints/cli/serve.py", "entrypoints/**/cli_args.py")
@@ -108,7 +114,10 @@ def known_flags(python: str) -> frozenset[str]:
     if package is None:
         return frozenset()
     files = (path for pattern in _SOURCES for path in sorted(package.glob(pattern)))
-    return frozenset(flag for path in files for flag in _flags_of(path.read_text(encoding="utf-8")))
+    try:
+        return frozenset(flag for path in files for flag in _flags_of(path.read_text(encoding="utf-8")))
+    except (SyntaxError, UnicodeDecodeError):  # written for a newer Python than ours
+        return frozenset()
 
 
 def _flags_of(source: str) -> Iterable[str]:

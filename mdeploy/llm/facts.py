@@ -25,23 +25,33 @@ def read(directory: Path) -> ModelFacts:
     """
     if not directory.is_dir():
         raise NotFoundError(f"no directory {directory}", hint="give a local model directory or a hub id owner/name")
-    config = _config(directory)
+    try:
+        return _facts(directory, _config(directory))
+    except (TypeError, AttributeError, ValueError, LookupError, RecursionError) as error:
+        raise ConfigError(
+            f"{directory} holds a configuration of another form than expected: {error}", hint="download the model again"
+        ) from error
+
+
+def _facts(directory: Path, config: dict[str, Any]) -> ModelFacts:
     text = config.get("text_config") or config
+    heads, hidden = _int(text.get("num_attention_heads")), _int(text.get("hidden_size"))
     architectures = config.get("architectures") or [config.get("model_type", "unknown")]
-    heads, layers = text.get("num_attention_heads"), text.get("num_hidden_layers")
-    kv_heads = text.get("num_key_value_heads") or heads
-    head_dim = text.get("head_dim") or (text["hidden_size"] // heads if heads and text.get("hidden_size") else None)
     return ModelFacts(
         architecture=str(architectures[0]),
         dtype=str(text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype") or "auto"),
         weight_bytes=_weight_bytes(directory),
-        layers=layers,
+        layers=_int(text.get("num_hidden_layers")),
         heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        max_len=text.get("max_position_embeddings"),
+        kv_heads=_int(text.get("num_key_value_heads")) or heads,
+        head_dim=_int(text.get("head_dim")) or (hidden // heads if heads and hidden else None),
+        max_len=_int(text.get("max_position_embeddings")),
         chat_template=_has_chat_template(directory),
     )
+
+
+def _int(value: Any) -> int | None:
+    return None if value is None else int(value)
 
 
 def _config(directory: Path) -> dict[str, Any]:
@@ -95,6 +105,7 @@ def _torch_weights(directory: Path) -> int:
 
 
 def _readable(path: Path) -> None:
+    _regular(path)
     try:
         with path.open("rb") as file:
             file.read(1)
@@ -102,8 +113,17 @@ def _readable(path: Path) -> None:
         raise _unreadable(path, error) from error
 
 
+def _regular(path: Path) -> None:
+    """Opening a pipe would wait for ever."""
+    if not path.is_file():
+        raise ConfigError(
+            f"{path} is missing, or no regular file", hint="download the model again: mdeploy download ID"
+        )
+
+
 def _shard_bytes(path: Path) -> int:
     """Tensor bytes of one safetensors file: 8 bytes of header length, the header, then the tensors."""
+    _regular(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

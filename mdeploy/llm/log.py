@@ -66,6 +66,7 @@ _KNOWN = (
 _ERROR = re.compile(
     r"Value error, (?P<value>.+)|^.*?\b(?P<kind>[A-Z]\w*(?:Error|Exception)): (?P<text>.+)|^.*?\berror: (?P<cli>.+)"
 )
+_REFUSED = re.compile(r"Value error, |\b(ValueError|AssertionError|ValidationError|NotImplementedError)\b")
 _HARMLESS = re.compile(r"(INFO|WARNING|DEBUG)\b")  # they too may quote an error
 _PREFIX = re.compile(r"^\((?:\w+\s)*pid=\d+\)\s*")
 
@@ -92,7 +93,9 @@ def explain(lines: Sequence[str], status: int, was_ready: bool) -> Diagnosis:
         ended = _ending(status)
         cause = f"the engine {ended} without being asked" + (f": {first}" if first else "")
         return Diagnosis(cause, "mdeploy logs NAME", ExitCode.FAILURE)
-    return Diagnosis(f"vLLM refused to start: {first}", "mdeploy logs NAME", ExitCode.CONFIG)
+    # A refused value stays refused; a driver or a network that is not there yet may come.
+    code = ExitCode.CONFIG if any(_REFUSED.search(line) for line in clean) else ExitCode.FAILURE
+    return Diagnosis(f"vLLM did not start: {first}", "mdeploy logs NAME", code)
 
 
 def _first_error(lines: Sequence[str]) -> str:

@@ -120,8 +120,8 @@ def parse_tokens(text: str) -> int | None:
     """`8192`, `8k` (8000), `8K` (8192) as tokens, as vLLM reads them; None for `auto` (-1 too)."""
     if text in ("auto", "-1"):
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text)
-    if not match or float(match[1]) <= 0:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kKmM]?)", text)
+    if not match or float(match[1]) * _SUFFIXES[match[2]] < 1:
         raise UsageError(f"--max-model-len {text}: not a number of tokens", hint="for example 8192, 8k or auto")
     return int(float(match[1]) * _SUFFIXES[match[2]])
 

@@ -46,8 +46,18 @@ def start_detached(files: ServiceFiles, on_progress: Callable[[ServiceStatus], N
     try:
         return _wait_started(files, supervisor, on_progress)
     except BaseException:
-        stop(files)
+        _withdraw(files, supervisor)
         raise
+
+
+def _withdraw(files: ServiceFiles, supervisor: subprocess.Popen[bytes]) -> None:
+    """End the supervisor we started, and only that one: another may own the service by now."""
+    record = files.record()
+    if record and record.pid == supervisor.pid:
+        stop(files)
+    elif supervisor.poll() is None:
+        supervisor.terminate()
+        supervisor.wait()
 
 
 def _wait_started(
@@ -80,7 +90,7 @@ def stop(files: ServiceFiles) -> bool:
     Safe to repeat and to race with: the supervisor does the work where it lives, otherwise its
     remains are cleared here. Raises NotReadyError for processes that will not die.
     """
-    patience_s = files.spec().limits.stop_timeout_s + 15.0
+    patience_s = files.limits().stop_timeout_s + 15.0
     supervised = files.is_supervised()
     if not _is_gone_after(files, signal.SIGTERM, patience_s) and not _is_gone_after(files, signal.SIGKILL, 10.0):
         raise NotReadyError(f"the supervisor of {files.name} does not end", hint="it hangs in the kernel: see dmesg")
@@ -108,19 +118,23 @@ def _is_gone_after(files: ServiceFiles, sig: int, patience_s: float) -> bool:
 def _clear(files: ServiceFiles) -> bool:
     """Clear what a dead supervisor left; True where there was anything."""
     record = files.record()
-    if record is None or record.boot_id != processes.boot_id():
+    if record is None:
         return False
     with files.locked():
-        remains = processes.marked(record.run_id)
-        segments = files.shm() | processes.shared_memory(remains)
-        survivors = processes.sweep(record.run_id)
-        if survivors:
-            pids = " ".join(map(str, survivors))
-            raise NotReadyError(
-                f"processes {pids} of {files.name} do not die", hint="they hang in the kernel: see dmesg"
-            )
-        processes.unlink_shared_memory(segments)
+        remains = _clear_run(files, record.run_id) if record.boot_id == processes.boot_id() else ()
         processes.remove_scratch(record.scratch)
         if record.phase != "stopped":
             files.write_record(replace(record, phase="stopped", since=time.time(), detail="", error=None, hint=""))
     return bool(remains)
+
+
+def _clear_run(files: ServiceFiles, run_id: str) -> tuple[int, ...]:
+    """End the processes of a run and remove its shared memory; returns the processes there were."""
+    remains = processes.marked(run_id)
+    segments = files.segments().ours(processes.shared_memory(remains))
+    survivors = processes.sweep(run_id)
+    if survivors:
+        pids = " ".join(map(str, survivors))
+        raise NotReadyError(f"processes {pids} of {files.name} do not die", hint="they hang in the kernel: see dmesg")
+    processes.unlink_shared_memory(segments)
+    return remains

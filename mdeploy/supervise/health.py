@@ -7,7 +7,7 @@ real request has been answered; after that its cheap health path is watched.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,10 +16,14 @@ from mdeploy.specs import Probe
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """The outcome of one probe; `detail` says what was seen when it failed."""
+    """The outcome of one probe; `detail` says what was seen when it failed.
+
+    `refused` means that the service calls the request itself wrong (4xx): asking again will not help.
+    """
 
     ok: bool
     detail: str = ""
+    refused: bool = False
 
 
 class Prober(Protocol):
@@ -57,22 +61,26 @@ class HttpProber:
             return Health(False, f"{method} {path}: {error or type(error).__name__}")
         if response.is_success:
             return Health(True)
-        return Health(False, f"{method} {path} answered {response.status_code}: {response.text[:200]}")
+        detail = f"{method} {path} answered {response.status_code}: {response.text[:200]}"
+        return Health(False, detail, response.is_client_error and response.status_code != 429)
 
 
 class Watch(threading.Thread):
     """Probes in the background, so that a slow answer never delays a signal.
 
-    `ready` is set by the first real answer; after that `misses` counts failed health checks in
-    a row. A refusal of the real request (4xx, 5xx) while healthy is kept in `refusal`.
+    `ready` is set by the first real answer. Before it, `refusal` says how the real request failed
+    and `refusals` counts 4xx in a row; after it, `misses` counts failed health checks in a row.
+    `is_ours` tells whether a process of this run listens: another server on the port, started in
+    the seconds before the engine binds it, answers just as well.
     """
 
-    def __init__(self, prober: Prober, interval_s: float) -> None:
+    def __init__(self, prober: Prober, interval_s: float, is_ours: Callable[[], bool]) -> None:
         super().__init__(name="health", daemon=True)
-        self._prober, self._interval = prober, interval_s
+        self._prober, self._interval, self._is_ours = prober, interval_s, is_ours
         self._stopping = threading.Event()
         self.ready = threading.Event()
-        self.misses = 0
+        self.misses = self.refusals = 0
+        self.refusal = ""
         self.last = Health(False, "not asked yet")
 
     def run(self) -> None:
@@ -84,8 +92,12 @@ class Watch(threading.Thread):
         self.last = self._prober.healthy()
         if self.ready.is_set():
             self.misses = 0 if self.last.ok else self.misses + 1
+        elif self.last.ok and not self._is_ours():
+            self.last = Health(False, "another server answers on this port")
         elif self.last.ok:
             self.last = self._prober.answers()
+            self.refusal = self.last.detail
+            self.refusals = self.refusals + 1 if self.last.refused else 0
             if self.last.ok:
                 self.ready.set()
 

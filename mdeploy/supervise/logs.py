@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,24 +24,28 @@ class LogWriter:
 
     def __init__(self, path: Path, limit: int) -> None:
         self._path, self._limit = path, limit
-        self._open()
+        self._file: FileIO | None = None
+        self._size = 0
+
+    def write(self, line: bytes) -> None:
+        """Append one line. A full disk, or a log somebody removed, loses lines but never the service."""
+        try:
+            if self._file is None:
+                self._open()
+            elif self._size >= self._limit:
+                self._rotate()
+            if self._file is not None:
+                self._size += self._file.write(line)
+        except OSError:
+            self.close()  # to be opened again at the next line
 
     def _open(self) -> None:
         fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self._file = os.fdopen(fd, "ab", buffering=0)
+        self._file = FileIO(fd, "ab")
         self._size = os.fstat(fd).st_size
 
-    def write(self, line: bytes) -> None:
-        """Append one line. A full disk loses log lines, never the service."""
-        if self._size >= self._limit:
-            self._rotate()
-        try:
-            self._size += self._file.write(line)
-        except OSError:
-            return
-
     def _rotate(self) -> None:
-        self._file.close()
+        self.close()
         for number in range(_KEEP - 1, 0, -1):
             older = self._path.with_name(f"{self._path.name}.{number}")
             if older.exists():
@@ -50,7 +55,9 @@ class LogWriter:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class Pump(threading.Thread):

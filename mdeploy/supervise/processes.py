@@ -129,6 +129,16 @@ def reap() -> None:
             pass
 
 
+def reap_orphans(engine: int) -> None:
+    """Collect dead children that were adopted, and leave `engine` to whoever waits for it."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if dead is None or dead.si_pid == engine:
+                return
+            os.waitpid(dead.si_pid, os.WNOHANG)
+
+
 def shared_memory(pids: Iterable[int]) -> frozenset[str]:
     """Files in /dev/shm that these processes have mapped or open.
 
@@ -139,9 +149,18 @@ def shared_memory(pids: Iterable[int]) -> frozenset[str]:
     return frozenset(str(path) for path, inode in _segments() if inode in inodes)
 
 
+def all_shared_memory() -> frozenset[str]:
+    """Every file in /dev/shm, whoever made it."""
+    return frozenset(str(path) for path, _ in _segments())
+
+
 def _segments() -> Iterable[tuple[Path, int]]:
-    for path in _SHM.iterdir():
-        with contextlib.suppress(FileNotFoundError):
+    try:
+        paths = list(_SHM.iterdir())
+    except OSError:  # a machine without /dev/shm has no segments
+        return
+    for path in paths:
+        with contextlib.suppress(OSError):
             yield path, path.lstat().st_ino
 
 
@@ -160,12 +179,13 @@ def _shm_inodes(pid: int) -> set[int]:
 
 
 def unlink_shared_memory(names: Iterable[str]) -> None:
-    """Remove segments of a run that is over, unless a process still has them mapped."""
+    """Remove segments of a run that is over: files of ours that no process has mapped any more."""
     present = [Path(name) for name in names if Path(name).parent == _SHM and Path(name).exists()]
     in_use = shared_memory(_all_pids()) if present else frozenset()
     for path in present:
-        if str(path) not in in_use:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if str(path) not in in_use and path.lstat().st_uid == os.geteuid():
+                path.unlink()
 
 
 def scratch(run_id: str) -> Path:

@@ -18,10 +18,11 @@ from typing import IO
 
 from mdeploy.errors import ConfigError, MdeployError, NotFoundError, UsageError
 from mdeploy.paths import Paths
-from mdeploy.specs import Phase, ServiceRecord, ServiceSpec, ServiceStatus, from_json, to_json
+from mdeploy.specs import Limits, Phase, Probe, ServiceRecord, ServiceSpec, ServiceStatus, from_json, to_json
 from mdeploy.supervise import processes
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_LOCK_TRIES, _LOCK_PAUSE_S = 50, 0.02
 _ACTIVE = ("starting", "ready", "unhealthy", "stopping")
 
 
@@ -30,6 +31,15 @@ def check_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} is no service name", hint="letters, digits, '.', '_' and '-', at most 63")
     return name
+
+
+def make_private(directory: Path) -> None:
+    """Make a directory only its owner can enter. Raises ConfigError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        hint = "set MDEPLOY_HOME to a directory you may write"
+        raise ConfigError(f"cannot create {directory}: {error.strerror}", hint=hint) from error
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
@@ -41,9 +51,23 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise ConfigError(f"cannot write {path}: {error.strerror}", hint=f"df -h {path.parent}") from error
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Segments:
+    """Files in /dev/shm: those that were there before a run, and those it was seen to use."""
+
+    before: frozenset[str] = frozenset()
+    seen: frozenset[str] = frozenset()
+
+    def ours(self, more: frozenset[str] = frozenset()) -> frozenset[str]:
+        """What the run made: seen (with `more`), and not there before."""
+        return (self.seen | more) - self.before
 
 
 class ServiceFiles:
@@ -57,11 +81,7 @@ class ServiceFiles:
 
     def create(self) -> None:
         """Make the private directory."""
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            hint = "set MDEPLOY_HOME to a directory you may write"
-            raise ConfigError(f"cannot create {self.directory}: {error.strerror}", hint=hint) from error
+        make_private(self.directory)
 
     def spec(self) -> ServiceSpec:
         """What to run. Raises NotFoundError for an unknown service."""
@@ -90,25 +110,39 @@ class ServiceFiles:
         """Replace the record."""
         write_atomically(self.directory / "state.json", to_json(record))
 
-    def shm(self) -> frozenset[str]:
-        """Shared memory segments seen in use by the current run."""
-        with contextlib.suppress(FileNotFoundError):
-            return frozenset((self.directory / "shm").read_text().splitlines())
-        return frozenset()
+    def segments(self) -> Segments:
+        """What is known of the current run's shared memory."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return from_json(Segments, (self.directory / "shm.json").read_bytes())
+        return Segments()
 
-    def write_shm(self, names: frozenset[str]) -> None:
+    def write_segments(self, segments: Segments) -> None:
         """Remember segments, so that they can go when their run is killed."""
-        write_atomically(self.directory / "shm", "\n".join(sorted(names)).encode())
+        write_atomically(self.directory / "shm.json", to_json(segments))
+
+    def limits(self) -> Limits:
+        """Deadlines of the service, the usual ones where the spec is damaged. Raises NotFoundError."""
+        try:
+            return self.spec().limits
+        except ConfigError:
+            return Limits()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[IO[str]]:
-        """Be the supervisor. Raises MdeployError where there is one already."""
+        """Be the supervisor. Raises MdeployError where there is one already.
+
+        `is_supervised` holds the lock for an instant, so one refusal is not believed.
+        """
         self.create()
         with (self.directory / "lock").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise already_running(self.name) from error
+            for patience in range(_LOCK_TRIES, -1, -1):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if not patience:
+                        raise already_running(self.name) from error
+                    time.sleep(_LOCK_PAUSE_S)
             yield file
 
     def is_supervised(self) -> bool:
@@ -134,12 +168,21 @@ def already_running(name: str) -> MdeployError:
 def names(paths: Paths) -> tuple[str, ...]:
     """All services with a spec."""
     found = sorted(paths.services.glob("*/spec.json")) if paths.services.is_dir() else []
-    return tuple(path.parent.name for path in found)
+    return tuple(path.parent.name for path in found if _NAME.fullmatch(path.parent.name))
 
 
 def listing(paths: Paths) -> tuple[ServiceStatus, ...]:
     """The truth about every service, by name."""
-    return tuple(status(ServiceFiles(paths, name)) for name in names(paths))
+    return tuple(_status_or_damage(ServiceFiles(paths, name)) for name in names(paths))
+
+
+def _status_or_damage(files: ServiceFiles) -> ServiceStatus:
+    """One damaged spec must not hide the services beside it."""
+    try:
+        return status(files)
+    except ConfigError as error:
+        nothing = ServiceSpec(files.name, "unknown", (), {}, "/", "127.0.0.1", 0, Probe("", "", {}), "unknown")
+        return ServiceStatus(nothing, "failed", None, _modified(files), error=error.message, hint=error.hint)
 
 
 def status(files: ServiceFiles) -> ServiceStatus:
@@ -166,18 +209,16 @@ def status(files: ServiceFiles) -> ServiceStatus:
 
 def _unsupervised(now: ServiceStatus, record: ServiceRecord) -> ServiceStatus:
     """Nobody keeps the record true any more: an active phase in it is a lie."""
+    if record.phase not in _ACTIVE:
+        return dataclasses.replace(now, pid=None)
     if record.boot_id != processes.boot_id():
-        leftovers: tuple[int, ...] = ()
         why = "the machine was restarted"
     else:
-        leftovers = processes.marked(record.run_id) if record.phase in (*_ACTIVE, "failed") else ()
+        leftovers = processes.marked(record.run_id)
         why = "its supervisor was killed"
-    if record.phase not in _ACTIVE:
-        return dataclasses.replace(now, pid=None, leftovers=leftovers)
-    if leftovers:
-        why += f"; {len(leftovers)} of its processes are still there"
+        why += f"; {len(leftovers)} of its processes are still there" if leftovers else ""
     hint = f"mdeploy restart {record.name}, or mdeploy stop {record.name}"
-    return dataclasses.replace(now, phase="failed", pid=None, error=why, hint=hint, leftovers=leftovers)
+    return dataclasses.replace(now, phase="failed", pid=None, error=why, hint=hint)
 
 
 def _modified(files: ServiceFiles) -> float:

@@ -6,9 +6,9 @@ or not, leaves no process, no port and no shared memory behind.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,23 +24,31 @@ from mdeploy.specs import Diagnosis, Manager, Phase, ServiceRecord, ServiceSpec
 from mdeploy.supervise import processes
 from mdeploy.supervise.health import HttpProber, Watch
 from mdeploy.supervise.logs import LogWriter, Pump
-from mdeploy.supervise.state import ServiceFiles
+from mdeploy.supervise.ports import check_port, listens
+from mdeploy.supervise.state import Segments, ServiceFiles
 
 _TICK_S = 0.25
 _SHM_EVERY_S = 2.0
 _MISSES = 3
 """Failed health checks in a row that make a ready service unhealthy."""
 
+_REFUSALS = 3
+"""Times in a row that a healthy engine may call our request wrong (4xx) before it is not asked again."""
+
 _STRAGGLERS_S = 3.0
 """What the engine's children get to end by themselves once its main process has."""
 
+# Never handed to an engine: other Python environments, and secrets that are not its own.
 _NOT_INHERITED = (
     "PYTHONPATH",
     "PYTHONHOME",
     "VIRTUAL_ENV",
-    "VLLM_USE_MODELSCOPE",
     "NOTIFY_SOCKET",
+    "VLLM_USE_MODELSCOPE",
+    "VLLM_API_KEY",
     "MDEPLOY_API_KEY",
+    "MODELSCOPE_API_TOKEN",
+    "MODELSCOPE_SDK_TOKEN",
 )
 
 
@@ -64,8 +72,10 @@ class Supervisor:
         self._echo = _echo if manager == "foreground" else None
         self._stops = 0
         self._wake = threading.Event()
-        self._shm: frozenset[str] = frozenset()
-        self._shm_seen = 0.0
+        self._segments = Segments(before=processes.all_shared_memory())
+        self._segments_seen = 0.0
+        self._secrets: dict[str, str] = {}
+        self._written: ServiceRecord | None = None
         pid, run_id = os.getpid(), uuid.uuid4().hex
         self._record = ServiceRecord(
             name=spec.name,
@@ -82,15 +92,21 @@ class Supervisor:
     def run(self) -> int:
         """Until the engine ends or a signal asks for the end; returns the exit code."""
         with self._files.locked():
+            self._on_signals()
             self._clear_previous()
             self._write("starting")
-            self._on_signals()
             processes.become_subreaper()
             try:
+                self._prepare()
                 engine = self._start()
             except (OSError, ConfigError) as error:
+                processes.remove_scratch(self._record.scratch)
                 return self._failed(_cannot_start(error))
-            return self._supervise(engine)
+            try:
+                return self._supervise(engine)
+            except BaseException:  # a bug of ours must not leave an engine nobody watches
+                self._clean_up()
+                raise
 
     # start
 
@@ -99,7 +115,7 @@ class Supervisor:
         previous = self._files.record()
         if previous and previous.boot_id == self._record.boot_id:
             processes.sweep(previous.run_id)
-            processes.unlink_shared_memory(self._files.shm())
+            processes.unlink_shared_memory(self._files.segments().ours())
             processes.remove_scratch(previous.scratch)
 
     def _on_signals(self) -> None:
@@ -108,12 +124,26 @@ class Supervisor:
             self._wake.set()
 
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, stop)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup asked to outlive the terminal
+                signal.signal(number, stop)
+
+    def _prepare(self) -> None:
+        """Everything that can fail, before there is a process to clean up after."""
+        spec = self._spec
+        check_port(spec.host, spec.port)
+        self._secrets = {name: _secret(Path(file)) for name, file in spec.secrets.items()}
+        bearer = self._secrets.get(spec.probe.bearer or "")
+        headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
+        run_id, port = self._record.run_id, spec.port
+        self._watch = Watch(
+            HttpProber(spec.url, spec.probe, headers),
+            spec.limits.health_interval_s,
+            is_ours=lambda: listens(processes.marked(run_id), port),
+        )
+        Path(self._record.scratch).mkdir(mode=0o700)
 
     def _start(self) -> subprocess.Popen[bytes]:
         spec = self._spec
-        check_port(spec.host, spec.port)
-        Path(self._record.scratch).mkdir(mode=0o700)
         engine = subprocess.Popen(
             spec.argv,
             cwd=spec.cwd,
@@ -136,26 +166,22 @@ class Supervisor:
         inherited = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
         path = f"{Path(spec.argv[0]).parent}{os.pathsep}{inherited.get('PATH', os.defpath)}"
         marker = processes.marker_environment(self._record.run_id)
-        self._secrets = {name: _secret(Path(file)) for name, file in spec.secrets.items()}
         ours = {"PATH": path, "TMPDIR": self._record.scratch, "PYTHONUNBUFFERED": "1"}
-        return {**inherited, **ours, **spec.env, **self._secrets, **marker}
+        return {**inherited, **spec.env, **ours, **self._secrets, **marker}
 
     # life
 
     def _supervise(self, engine: subprocess.Popen[bytes]) -> int:
         self._write("starting", detail="starting the engine")
-        bearer = self._secrets.get(self._spec.probe.bearer or "")
-        headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
-        prober = HttpProber(self._spec.url, self._spec.probe, headers)
-        watch = Watch(prober, self._spec.limits.health_interval_s)
-        watch.start()
+        self._watch.start()
         deadline = time.monotonic() + self._spec.limits.start_timeout_s
         try:
-            return self._loop(engine, watch, deadline)
+            return self._loop(engine, deadline)
         finally:
-            watch.stop()
+            self._watch.stop()
 
-    def _loop(self, engine: subprocess.Popen[bytes], watch: Watch, deadline: float) -> int:
+    def _loop(self, engine: subprocess.Popen[bytes], deadline: float) -> int:
+        ready = self._watch.ready
         while True:
             self._wake.wait(_TICK_S)
             self._wake.clear()
@@ -163,46 +189,54 @@ class Supervisor:
                 return self._stop(engine)
             status = engine.poll()
             if status is not None:
-                return self._ended(status, watch.ready.is_set())
-            self._observe(watch)
-            if not watch.ready.is_set() and time.monotonic() > deadline:
-                return self._too_slow(engine, watch)
+                return self._ended(status, ready.is_set())
+            processes.reap_orphans(engine.pid)
+            self._observe()
+            if not ready.is_set() and (time.monotonic() > deadline or self._watch.refusals >= _REFUSALS):
+                return self._not_ready(engine)
 
-    def _observe(self, watch: Watch) -> None:
+    def _observe(self) -> None:
         """Bring the record up to what is seen."""
         self._see_shared_memory()
-        if not watch.ready.is_set():
-            self._write("starting", detail=self._words.progress(self._pump.lines()) or self._record.detail)
-        elif watch.misses >= _MISSES:
-            self._write("unhealthy", detail=watch.last.detail)
+        if not self._watch.ready.is_set():
+            step = self._words.progress(self._pump.lines()) or "starting the engine"
+            self._write("starting", detail=f"{step}: {self._watch.refusal}" if self._watch.refusal else step)
+        elif self._watch.misses >= _MISSES:
+            self._write("unhealthy", detail=self._watch.last.detail)
         elif self._record.phase != "ready":
             self._see_shared_memory(now=True)
             self._write("ready")
 
     def _see_shared_memory(self, *, now: bool = False) -> None:
         """Remember which segments the run uses: a killed process cannot be asked any more."""
-        if not now and time.monotonic() - self._shm_seen < _SHM_EVERY_S:
+        if not now and time.monotonic() - self._segments_seen < _SHM_EVERY_S:
             return
-        self._shm_seen = time.monotonic()
-        seen = self._shm | processes.shared_memory(processes.marked(self._record.run_id))
-        if seen != self._shm:
-            self._shm = seen
-            self._files.write_shm(seen)
+        self._segments_seen = time.monotonic()
+        seen = self._segments.seen | processes.shared_memory(processes.marked(self._record.run_id))
+        if seen != self._segments.seen:
+            self._segments = replace(self._segments, seen=seen)
+            self._keep(lambda: self._files.write_segments(self._segments))
 
     # end
 
     def _stop(self, engine: subprocess.Popen[bytes]) -> int:
         self._write("stopping")
         self._terminate(engine)
-        self._clean_up()
+        survivors = self._clean_up()
+        if survivors:
+            return self._failed(_will_not_die(survivors))
         self._write("stopped")
         return ExitCode.OK
 
-    def _too_slow(self, engine: subprocess.Popen[bytes], watch: Watch) -> int:
-        seconds = self._spec.limits.start_timeout_s
+    def _not_ready(self, engine: subprocess.Popen[bytes]) -> int:
+        """Give up on an engine that takes too long, or that refuses what it should answer."""
+        seconds, last, refused = self._spec.limits.start_timeout_s, self._watch.last.detail, self._watch.refusals
         self._terminate(engine)
-        cause = f"not ready after {seconds:.0f} s; last seen: {watch.last.detail}"
-        return self._failed(Diagnosis(cause, f"mdeploy logs {self._spec.name}", ExitCode.NOT_READY))
+        self._clean_up()
+        hint = f"mdeploy logs {self._spec.name}"
+        if refused >= _REFUSALS:
+            return self._failed(Diagnosis(f"the engine refuses a first request: {last}", hint, ExitCode.CONFIG))
+        return self._failed(Diagnosis(f"not ready after {seconds:g} s; last seen: {last}", hint, ExitCode.NOT_READY))
 
     def _ended(self, status: int, was_ready: bool) -> int:
         self._clean_up()
@@ -212,59 +246,53 @@ class Supervisor:
         self._record = replace(self._record, error=diagnosis.cause, hint=diagnosis.hint, exit_code=diagnosis.exit_code)
         self._write("failed")
         if self._echo:
-            self._echo(f"error: {diagnosis.cause}\nhint:  {diagnosis.hint}\n".encode())
+            _complain(f"error: {diagnosis.cause}\nhint:  {diagnosis.hint}")
         return diagnosis.exit_code
 
     def _terminate(self, engine: subprocess.Popen[bytes]) -> None:
         """TERM the main process and give it time to drain; a second request to stop cuts it short."""
         self._see_shared_memory(now=True)
-        asked = self._stops
-        deadline = time.monotonic() + self._spec.limits.stop_timeout_s
         engine.terminate()
-        while engine.poll() is None and time.monotonic() < deadline and self._stops <= max(asked, 1):
+        self._wait_while(lambda: engine.poll() is None, self._spec.limits.stop_timeout_s)
+        if engine.poll() is not None:
+            self._wait_while(lambda: bool(processes.marked(self._record.run_id)), _STRAGGLERS_S)
+
+    def _wait_while(self, going: Callable[[], bool], seconds: float) -> None:
+        asked, deadline = max(self._stops, 1), time.monotonic() + seconds
+        while going() and time.monotonic() < deadline and self._stops <= asked:
             self._wake.wait(0.05)
             self._wake.clear()
-        if engine.poll() is not None:
-            self._await_stragglers(asked)
 
-    def _await_stragglers(self, asked: int) -> None:
-        deadline = time.monotonic() + _STRAGGLERS_S
-        while processes.marked(self._record.run_id) and time.monotonic() < deadline and self._stops <= max(asked, 1):
-            processes.reap()
-            self._wake.wait(0.1)
-            self._wake.clear()
-
-    def _clean_up(self) -> None:
-        """After this nothing of the run is left, and the log is whole."""
-        processes.sweep(self._record.run_id)
-        processes.unlink_shared_memory(self._shm)
+    def _clean_up(self) -> tuple[int, ...]:
+        """After this nothing of the run is left, and the log is whole; returns what would not die."""
+        self._see_shared_memory(now=True)
+        survivors = processes.sweep(self._record.run_id)
+        processes.unlink_shared_memory(self._segments.ours())
         processes.remove_scratch(self._record.scratch)
         self._pump.join(timeout=5.0)
         self._writer.close()
+        return survivors
+
+    # record
 
     def _write(self, phase: Phase, detail: str = "") -> None:
         """Record a change; an unchanged record is not written again."""
-        changed = phase != self._record.phase
-        since = time.time() if changed else self._record.since
-        record = replace(self._record, phase=phase, since=since, detail=detail)
-        if record != self._written:
-            self._files.write_record(record)
-        self._record = self._written = record
+        since = time.time() if phase != self._record.phase else self._record.since
+        self._record = record = replace(self._record, phase=phase, since=since, detail=detail)
+        if record != self._written and self._keep(lambda: self._files.write_record(record)):
+            self._written = record
 
-    _written: ServiceRecord | None = None
+    def _keep(self, write: Callable[[], None]) -> bool:
+        """Write to disk if it can be done: a full disk must not end a healthy service.
 
-
-def check_port(host: str, port: int) -> None:
-    """Bind once and let go. Raises ConfigError where the address is taken or not ours."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        Where it cannot, we say so and try again at the next change or tick.
+        """
         try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            hint = f"take another --port, or see who has it: ss -ltnp 'sport = :{port}'"
-            raise ConfigError(f"cannot listen on {host}:{port}: {reason}", hint=hint) from error
+            write()
+        except ConfigError as error:
+            _complain(f"warning: {error.message}")
+            return False
+        return True
 
 
 def _secret(path: Path) -> str:
@@ -284,6 +312,17 @@ def _cannot_start(error: OSError | ConfigError) -> Diagnosis:
     if isinstance(error, ConfigError):
         return Diagnosis(error.message, error.hint, ExitCode.CONFIG)
     return Diagnosis(f"the engine cannot be started: {error}", "mdeploy engines ls", ExitCode.CONFIG)
+
+
+def _will_not_die(pids: Sequence[int]) -> Diagnosis:
+    which = " ".join(map(str, pids))
+    return Diagnosis(f"processes {which} do not die", "they hang in the kernel: see dmesg", ExitCode.NOT_READY)
+
+
+def _complain(text: str) -> None:
+    """To our stderr, which may lie on the very disk that is full."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _echo(line: bytes) -> None:

@@ -41,16 +41,16 @@ def test_adopting_what_is_no_engine_is_refused(home: Path, python: str) -> None:
 
 def test_choosing_an_engine(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError) as error:
-        store.find(tmp_path, None, prefer_cuda=True)
+        store.find(tmp_path, None, lambda: True)
     assert error.value.hint == "mdeploy engines install vllm"
     for name, version, variant in [("a", "0.9.1", "cpu"), ("b", "0.32.0+cpu", "cpu"), ("c", "0.25.1", "cuda")]:
         _put(tmp_path, name, version, variant)
-    assert store.find(tmp_path, None, prefer_cuda=True).name == "c"
-    assert store.find(tmp_path, None, prefer_cuda=False).name == "b"
-    assert store.find(tmp_path, "a", prefer_cuda=True).name == "a"
-    assert store.find(tmp_path, "vllm@0.32.0", prefer_cuda=True).name == "b"
+    assert store.find(tmp_path, None, lambda: True).name == "c"
+    assert store.find(tmp_path, None, lambda: False).name == "b"
+    assert store.find(tmp_path, "a", lambda: True).name == "a"
+    assert store.find(tmp_path, "vllm@0.32.0", lambda: True).name == "b"
     with pytest.raises(NotFoundError, match="vllm@7"):
-        store.find(tmp_path, "vllm@7", prefer_cuda=True)
+        store.find(tmp_path, "vllm@7", lambda: True)
 
 
 def test_a_failed_build_leaves_nothing_and_the_old_engine_stays(tmp_path: Path) -> None:

@@ -51,13 +51,19 @@ class Api(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
     def do_GET(self):
-        sick = os.path.exists(os.environ.get("FAKE_VLLM_SICK", "/nonexistent"))
+        note = os.environ.get("FAKE_VLLM_SICK", "/nonexistent")
+        sick = os.path.exists(note)
+        if sick:
+            with open(note, "a") as file:
+                file.write("asked\n")
         self.answer(503 if sick else 200, {})
     def do_POST(self):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         key = os.environ.get("VLLM_API_KEY")
         if key and self.headers.get("Authorization") != "Bearer " + key:
             return self.answer(401, {"error": {"message": "Unauthorized"}})
+        if MODE == "refuses":
+            return self.answer(404, {"error": {"message": "The model does not exist."}})
         if MODE == "never-answers":
             return self.answer(500, {"error": {"message": "EngineCore encountered an issue"}})
         self.answer(200, {"choices": [{"text": "!"}]})
@@ -84,6 +90,9 @@ if MODE == "bad-config":
     print("  Value error, the quantization method awx is not supported [type=value_error]", flush=True)
     sys.exit(1)
 log("Starting to load model")
+if os.environ.get("FAKE_VLLM_MAPS"):
+    with open(os.environ["FAKE_VLLM_MAPS"], "r+b") as shared:
+        mapped = mmap.mmap(shared.fileno(), 0)
 core = subprocess.Popen([sys.executable, "-c", CORE], stdout=subprocess.PIPE, start_new_session=True)
 core.stdout.readline()
 if MODE == "ignores-term":
