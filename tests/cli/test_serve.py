@@ -65,6 +65,27 @@ def test_gpus_by_number(model: Path) -> None:
 
 
 @pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(("visible", "chosen"), [("0", "0"), ("2,1", "1"), ("GPU-ccc", "2"), ("0,9,1", "0")])
+def test_devices_that_are_not_ours_are_left_alone(model: Path, visible: str, chosen: str) -> None:
+    result = mdeploy("serve", "llm", model, "--dry-run", "--json", CUDA_VISIBLE_DEVICES=visible)
+    assert result.json["service"]["env"]["CUDA_VISIBLE_DEVICES"] == chosen
+    assert mdeploy("serve", "llm", model, "--dry-run", CUDA_VISIBLE_DEVICES="").code == 5
+
+
+def test_memory_nvidia_smi_does_not_know_is_no_broken_driver() -> None:
+    from mdeploy import gpus
+
+    assert gpus._parse("0, GPU-a, NVIDIA GB10, [N/A], [N/A]").free_mib == 0
+
+
+@pytest.mark.usefixtures("gpus")
+def test_auto_does_not_take_a_broken_driver_for_no_gpu(home: Path) -> None:
+    result = mdeploy("engines", "install", "vllm", FAKE_SMI_FAILS="1")
+    assert result.code == 5
+    assert "communicate with the driver" in result.stderr
+
+
+@pytest.mark.usefixtures("gpus")
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
@@ -72,6 +93,8 @@ def test_gpus_by_number(model: Path) -> None:
         (["--gpus", "7"], 5, "no GPU 7"),
         (["--gpus", "0,0"], 2, "each once"),
         (["--gpus", "a"], 2, "each once"),
+        (["--gpus", "0, 0"], 2, "each once"),
+        (["--gpus", "²"], 2, "each once"),
         (["--tp", "3"], 2, "4 attention heads"),
         (["--gpu-memory-utilization", "2"], 2, "at most 1"),
     ],
@@ -133,13 +156,25 @@ def _truncated(model: Path) -> None:
         (["MODEL", "--", "--disable-log-requests"], 2, "no flag --disable-log-requests"),
         (["MODEL", "--", "--api-key", "x"], 2, "MDEPLOY_API_KEY"),
         (["recipe.yaml"], 78, "recipe.yaml"),
+        (["missing.yaml"], 3, "no recipe"),
+        (["key.yaml"], 2, "MDEPLOY_API_KEY"),
+        (["env.yaml"], 78, "secrets do not belong in recipes"),
+        (["~nosuchuser/x"], 78, "no such user"),
+        ([""], 2, "empty"),
+        (["MODEL", "--name", ""], 2, "empty"),
+        (["MODEL", "--start-timeout", "nan"], 2, "--start-timeout"),
+        (["MODEL", "--max-model-len", "0.5"], 2, "number of tokens"),
+        (["MODEL", "--", "-pp", "2"], 2, "-pp"),
     ],
 )
 def test_wrong_input(model: Path, args: list[str], code: int, says: str) -> None:
     (model.parent / "recipe.yaml").write_text("kind: llm\nmodle: a/b\n")
+    (model.parent / "key.yaml").write_text("kind: llm\nmodel: a/b\nargs: [--api-key, SECRET]\n")
+    (model.parent / "env.yaml").write_text("kind: llm\nmodel: a/b\nenv: {VLLM_API_KEY: SECRET}\n")
     result = mdeploy("serve", "llm", "-d", *(str(model) if word == "MODEL" else word for word in args))
     assert (result.code, "Traceback" in result.stderr) == (code, False), result.stderr
     assert says in result.stderr
+    assert "SECRET" not in result.stderr
     assert mdeploy("ps", "--json").json["services"] == []
 
 

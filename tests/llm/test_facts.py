@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -75,9 +76,33 @@ def _directory_for_file(model: Path) -> None:
     (model / "model.safetensors").mkdir()
 
 
+def _pipe(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    os.mkfifo(model / "model.safetensors")
+
+
 def _gguf(model: Path) -> None:
     (model / "config.json").unlink()
     (model / "m.gguf").write_bytes(b"GGUF")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", '{"num_attention_heads": "abc"}'),
+        ("config.json", '{"text_config": [1]}'),
+        ("config.json", '{"architectures": {"a": 1}}'),
+        ("config.json", "[" * 100_000),
+        ("tokenizer_config.json", "[]"),
+        ("model.safetensors.index.json", '{"weight_map": ["a"]}'),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 5}}'),
+    ],
+)
+def test_files_of_another_form_are_no_traceback(tmp_path: Path, name: str, content: str) -> None:
+    model = tiny_model(tmp_path / "m")
+    (model / name).write_text(content)
+    with pytest.raises(ConfigError):
+        facts.read(model)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +115,8 @@ def _gguf(model: Path) -> None:
         (_truncated, "incomplete"),
         (_html, "no safetensors"),
         (_empty, "no safetensors"),
-        (_directory_for_file, "cannot read"),
+        (_directory_for_file, "no regular file"),
+        (_pipe, "no regular file"),
         (_gguf, "GGUF"),
     ],
 )
