@@ -97,7 +97,8 @@ def prepare_llm(
     if not dry_run:
         _check_free(files, host, asked)
     directory = _local(settings, model, dry_run, progress, say)
-    known = facts.read(directory) if directory.exists() else _UNKNOWN_FACTS
+    weights = not command.loads_no_weights(extra)
+    known = facts.read(directory, weights=weights) if directory.exists() else _UNKNOWN_FACTS
     chosen = _plan(engine, known, request.wish, model.recipe)
 
     def render(port: int) -> ServiceSpec:

@@ -25,7 +25,6 @@ from mdeploy.errors import ConfigError, NotFoundError
 from mdeploy.hub.catalog import Catalog, Snapshot
 from mdeploy.hub.refs import DEFAULT_REVISION
 
-DEFAULT_PORT = 8700
 _MAX_CONNECTIONS = 256
 _IDLE_S = 60.0
 # What modelscope.cn answers for a model it does not have.

@@ -91,6 +91,12 @@ def check_extra(extra: Sequence[str], known: frozenset[str], version: str) -> No
         raise UsageError(f"{extra[0]!r} after -- is no flag", hint="after -- come vLLM's own flags")
 
 
+def loads_no_weights(extra: Sequence[str]) -> bool:
+    """True where vLLM is told to make weights up, to try a shape without its checkpoint."""
+    words = " ".join(_normal(word) for word in extra).replace("=", " ")
+    return "--load-format dummy" in words
+
+
 def _is_flag(word: str) -> bool:
     return word.startswith("-") and not word.lstrip("-")[:1].isdigit() and len(word) > 1
 

@@ -17,8 +17,8 @@ from mdeploy.specs import ModelFacts
 _MAX_HEADER = 100 << 20  # the safetensors format's own limit
 
 
-def read(directory: Path) -> ModelFacts:
-    """Facts of the model in `directory`.
+def read(directory: Path, *, weights: bool = True) -> ModelFacts:
+    """Facts of the model in `directory`; without `weights` (a dry load with random ones) none need be there.
 
     Raises NotFoundError where there is no such directory, ConfigError where it holds no model
     that could be served, each naming the file.
@@ -26,21 +26,21 @@ def read(directory: Path) -> ModelFacts:
     if not directory.is_dir():
         raise NotFoundError(f"no directory {directory}", hint="give a local model directory or a hub id owner/name")
     try:
-        return _facts(directory, _config(directory))
+        return _facts(directory, _config(directory), weights)
     except (TypeError, AttributeError, ValueError, LookupError, RecursionError) as error:
         raise ConfigError(
             f"{directory} holds a configuration of another form than expected: {error}", hint="download the model again"
         ) from error
 
 
-def _facts(directory: Path, config: dict[str, Any]) -> ModelFacts:
+def _facts(directory: Path, config: dict[str, Any], weights: bool) -> ModelFacts:
     text = config.get("text_config") or config
     heads, hidden = _int(text.get("num_attention_heads")), _int(text.get("hidden_size"))
     architectures = config.get("architectures") or [config.get("model_type", "unknown")]
     return ModelFacts(
         architecture=str(architectures[0]),
         dtype=str(text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype") or "auto"),
-        weight_bytes=_weight_bytes(directory),
+        weight_bytes=_weight_bytes(directory) if weights else 0,
         layers=_int(text.get("num_hidden_layers")),
         heads=heads,
         kv_heads=_int(text.get("num_key_value_heads")) or heads,

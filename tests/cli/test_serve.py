@@ -202,6 +202,14 @@ def test_unreadable_weights(model: Path) -> None:
 
 
 @pytest.mark.usefixtures("fake_engine")
+@pytest.mark.parametrize("extra", [["--load-format", "dummy"], ["--load_format=dummy"]])
+def test_a_shape_can_be_tried_without_weights(model: Path, extra: list[str]) -> None:
+    (model / "model.safetensors").unlink()
+    assert mdeploy("serve", "llm", model, "--dry-run").code == 78
+    assert mdeploy("serve", "llm", model, "--dry-run", "--", *extra).code == 0
+
+
+@pytest.mark.usefixtures("fake_engine")
 def test_a_dry_run_writes_nothing_and_needs_no_model(home: Path) -> None:
     before = sorted(p for p in home.rglob("*"))
     result = mdeploy("serve", "llm", "--dry-run")

@@ -20,6 +20,7 @@ def add_cli_args(parser):
     parser.add_argument("--max-num-seqs")
     parser.add_argument("--enforce-eager")
     parser.add_argument("--enable-log-requests")
+    parser.add_argument("--load-format")
     parser.add_argument("--disable-access-log-for-endpoints")
 """
 
