@@ -1,8 +1,11 @@
 """`python -m mdeploy` and the `mdeploy` entry point are the same program."""
 
+import gc
 import sys
 
-from mdeploy.cli.main import run
+gc.disable()  # Start-up makes a hundred thousand objects and no garbage; `cli.main` turns it on again.
+
+from mdeploy.cli.main import run  # noqa: E402
 
 
 def main() -> None:

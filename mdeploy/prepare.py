@@ -205,6 +205,7 @@ def _free_port(paths: Paths, name: str, host: str) -> int:
     Raises ConfigError where the address is not ours, or all are taken.
     """
     taken = {s.spec.port for s in state.listing(paths) if s.spec.name != name}
+    problem = ConfigError(f"ports {FIRST_PORT} to {FIRST_PORT + _PORTS - 1} belong to services", hint="name a --port")
     for port in range(FIRST_PORT, FIRST_PORT + _PORTS):
         if port not in taken:
             try:

@@ -6,6 +6,7 @@ Only the module of the verb in use is imported: `mdeploy ps` must not pay for th
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import os
 import signal
@@ -94,6 +95,7 @@ def _root(
     ] = False,
 ) -> None:
     """Options that stand before the verb."""
+    gc.enable()  # everything is imported; see __main__
 
 
 def _print_version(wanted: bool) -> None:

@@ -24,7 +24,8 @@ def run_command(files: ServiceFiles) -> tuple[list[str], dict[str, str]]:
     The home is handed on by name: a .env that set it is not seen from another directory.
     """
     command = [sys.executable, "-m", "mdeploy", "run", files.name]
-    return command, {**os.environ, "MDEPLOY_HOME": str(files.home)}
+    env = {name: value for name, value in os.environ.items() if name not in processes.SECRETS}
+    return command, {**env, "MDEPLOY_HOME": str(files.home)}
 
 
 def start_detached(files: ServiceFiles, on_progress: Callable[[ServiceStatus], None]) -> ServiceStatus:

@@ -19,6 +19,9 @@ from pathlib import Path
 
 MARKER = "MDEPLOY_RUN_ID"
 
+SECRETS = ("MDEPLOY_API_KEY", "MODELSCOPE_API_TOKEN", "MODELSCOPE_SDK_TOKEN", "VLLM_API_KEY")
+"""Variables of the caller that a supervisor and an engine have no business with: keys come from files."""
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
 _PROC = Path("/proc")

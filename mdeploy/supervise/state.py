@@ -204,10 +204,18 @@ def status(files: ServiceFiles) -> ServiceStatus:
     )
     if files.is_supervised():
         return now
-    return _unsupervised(now, record)
+    return _unsupervised(now, record, _last_words(files))
 
 
-def _unsupervised(now: ServiceStatus, record: ServiceRecord) -> ServiceStatus:
+def _last_words(files: ServiceFiles) -> str:
+    """The last line a detached supervisor wrote: where it died of itself, that says of what."""
+    with contextlib.suppress(OSError):
+        lines = (files.directory / "supervisor.log").read_text(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return ""
+
+
+def _unsupervised(now: ServiceStatus, record: ServiceRecord, last_words: str) -> ServiceStatus:
     """Nobody keeps the record true any more: an active phase in it is a lie."""
     if record.phase not in _ACTIVE:
         return dataclasses.replace(now, pid=None)
@@ -215,7 +223,7 @@ def _unsupervised(now: ServiceStatus, record: ServiceRecord) -> ServiceStatus:
         why = "the machine was restarted"
     else:
         leftovers = processes.marked(record.run_id)
-        why = "its supervisor was killed"
+        why = "its supervisor was killed" + (f" ({last_words})" if last_words else "")
         why += f"; {len(leftovers)} of its processes are still there" if leftovers else ""
     hint = f"mdeploy restart {record.name}, or mdeploy stop {record.name}"
     return dataclasses.replace(now, phase="failed", pid=None, error=why, hint=hint)

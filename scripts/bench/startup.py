@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 _TYPER = """
 import typer
@@ -27,8 +28,8 @@ app(["ps"])
 COMMANDS = {
     "python": [sys.executable, "-c", "pass"],
     "typer": [sys.executable, "-c", _TYPER],
-    "help": [sys.executable, "-m", "mdeploy", "--help"],
-    "ps": [sys.executable, "-m", "mdeploy", "ps"],
+    "help": [str(Path(sys.executable).parent / "mdeploy"), "--help"],
+    "ps": [str(Path(sys.executable).parent / "mdeploy"), "ps"],
 }
 
 

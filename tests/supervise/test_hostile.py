@@ -117,6 +117,7 @@ def test_an_engine_never_sees_secrets_that_are_not_its_own(home: Path, model: Pa
         environ = Path(f"/proc/{pid}/environ").read_text()
         assert "ms-secret" not in environ
         assert "foreign" not in environ
+    assert "ms-secret" not in Path(f"/proc/{_state(home)['pid']}/environ").read_text()
 
 
 @pytest.mark.parametrize("key", ["schlüssel", "two words", "a\nb"])
