@@ -63,7 +63,7 @@ def test_port_in_use(models: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        (["none"], 3, "no directory "),
+        (["none"], 3, "/none"),
         (["."], 3, "no complete model"),
         (["models", "--port", "70000"], 2, "--port"),
         (["models", "--host", "192.0.2.1"], 78, "cannot listen"),
