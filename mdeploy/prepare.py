@@ -7,7 +7,7 @@ import fcntl
 import ipaddress
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +28,7 @@ from mdeploy.specs import (
     ModelRef,
     Probe,
     Recipe,
+    Say,
     ServiceSpec,
 )
 from mdeploy.supervise import state
@@ -41,8 +42,6 @@ FIRST_PORT = 8000
 _PORTS = 100
 KEY_VARIABLE = "VLLM_API_KEY"
 _UNKNOWN_FACTS = ModelFacts("unknown", "auto", 0, None, None, None, None, None, chat_template=False)
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,10 @@ from mdeploy.errors import MdeployError, NotFoundError, NotReadyError, UsageErro
 from mdeploy.llm import log
 from mdeploy.prepare import KEY_VARIABLE
 from mdeploy.settings import Settings
-from mdeploy.specs import Diagnosis, Engine, Manager, ServiceStatus
+from mdeploy.specs import Diagnosis, Engine, Manager, Say, ServiceStatus
 from mdeploy.supervise import control, state
 from mdeploy.supervise.state import ServiceFiles
 from mdeploy.supervise.supervisor import Supervisor, Words
-
-Say = Callable[[str], None]
-
 
 # engines
 

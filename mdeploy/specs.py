@@ -6,7 +6,7 @@ They know nothing of files, processes or the command line.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -15,6 +15,9 @@ SCHEMA = 1
 
 Phase = Literal["starting", "ready", "unhealthy", "stopping", "stopped", "failed"]
 Manager = Literal["foreground", "detached", "systemd"]
+
+Say = Callable[[str], None]
+"""Takes one line of progress; packages hand lines over, they never print."""
 
 T = TypeVar("T")
 

