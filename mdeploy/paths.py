@@ -53,10 +53,14 @@ class Paths:
         return self.services / name
 
 
-def expand(path: str | Path) -> Path:
-    """An absolute path with a leading ~ resolved; raises ConfigError for a user that does not exist."""
+def expand(path: str | Path, base: Path | None = None) -> Path:
+    """An absolute path with a leading ~ resolved; a relative one starts at `base`, else where we are.
+
+    Raises ConfigError for a user that does not exist.
+    """
     try:
-        return Path(path).expanduser().absolute()
+        full = Path(path).expanduser()
+        return (base / full if base else full).absolute()
     except RuntimeError as error:
         raise ConfigError(f"{path}: there is no such user", hint="write the path out") from error
 

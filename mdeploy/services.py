@@ -6,18 +6,23 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mdeploy import gpus
+from mdeploy import dispatch, gpus, reservations
 from mdeploy.bench.types import BenchTarget
 from mdeploy.engines import install as engine_install
 from mdeploy.engines import store as engine_store
-from mdeploy.errors import MdeployError, NotFoundError, NotReadyError, UsageError
+from mdeploy.errors import ConfigError, DoesNotFitError, MdeployError, NotFoundError, NotReadyError, UsageError
 from mdeploy.llm import log
 from mdeploy.prepare import KEY_VARIABLE
 from mdeploy.settings import Settings
-from mdeploy.specs import Diagnosis, Engine, Manager, Say, ServiceStatus
+from mdeploy.specs import Diagnosis, Engine, Manager, Say, ServiceSpec, ServiceStatus
 from mdeploy.supervise import control, state
+from mdeploy.supervise.causes import Words
+from mdeploy.supervise.guard import Guard
+from mdeploy.supervise.secrets import first_key
 from mdeploy.supervise.state import ServiceFiles
-from mdeploy.supervise.supervisor import Supervisor, Words
+from mdeploy.supervise.supervisor import Supervisor
+from mdeploy.supervise.world import Machine
+from mdeploy.systemd import manager as units
 
 # engines
 
@@ -58,21 +63,44 @@ def remove_engine(settings: Settings, name: str) -> Engine:
 # run
 
 
-def run_service(settings: Settings, name: str, manager: Manager) -> int:
-    """Be the supervisor of a service until it ends; the exit code says how it did."""
+def run_service(settings: Settings, name: str, manager: Manager, *, resumed: bool) -> int:
+    """Be the supervisor of a service until it ends; the exit code says how it did.
+
+    `resumed` takes the place of a supervisor that was killed. Raises ConfigError for an installed unit
+    that somebody else than systemd wants to run: it could not write to its own files afterwards.
+    """
     files = ServiceFiles(settings.paths, name)
     spec = files.spec()
+    if manager != "systemd" and starts_at_boot(settings, name):
+        hint = f"mdeploy restart {name}, or mdeploy uninstall-systemd {name} first"
+        raise ConfigError(f"{name} is a unit, systemd runs it", hint=hint)
 
     def explain(lines: Sequence[str], status: int, was_ready: bool) -> Diagnosis:
         found = log.explain(lines, status, was_ready)
         return dataclasses.replace(found, hint=found.hint.replace("NAME", name))
 
-    return Supervisor(spec, files, manager, Words(log.progress, explain)).run()
+    world = Machine(spec, files, manager, lambda: _free_mib(spec))
+    command, env = control.run_command(files)
+    # systemd is the guard of its own services
+    guard = None if manager == "systemd" else Guard([*command, "--manager", manager, "--resumed"], env)
+    return Supervisor(spec, files, manager, Words(log.progress, explain), world, guard, resumed=resumed).run()
+
+
+def _free_mib(spec: ServiceSpec) -> dict[int, int]:
+    """Free memory of the GPUs a service is planned on; what the driver will not tell is left out."""
+    if spec.plan is None or spec.plan.device != "cuda":
+        return {}
+    try:
+        return {gpu.index: gpu.free_mib for gpu in gpus.probe() if gpu.index in spec.plan.indices}
+    except DoesNotFitError:  # a broken driver is the engine's to report, in its own words
+        return {}
 
 
 def launch(settings: Settings, name: str, on_progress: Callable[[ServiceStatus], None]) -> ServiceStatus:
-    """Start a known service detached and wait until it has answered, or raise why it did not."""
-    status = control.start_detached(ServiceFiles(settings.paths, name), on_progress)
+    """Start a known service in the background and wait until it has answered, or raise why it did not."""
+    files = ServiceFiles(settings.paths, name)
+    with reservations.starting(settings.paths, files.spec()):
+        status = dispatch.start(files, on_progress)
     if status.phase == "ready":
         return status
     raise failure(status)
@@ -96,12 +124,17 @@ def _with_code(error: MdeployError, code: int) -> MdeployError:
 
 def list_services(settings: Settings) -> tuple[ServiceStatus, ...]:
     """The truth about every service, by name."""
-    return state.listing(settings.paths)
+    return dispatch.listing(settings.paths)
 
 
 def stop_service(settings: Settings, name: str) -> bool:
     """End a service; True where something was running. Raises NotFoundError for an unknown name."""
-    return control.stop(ServiceFiles(settings.paths, name))
+    return dispatch.stop(ServiceFiles(settings.paths, name))
+
+
+def starts_at_boot(settings: Settings, name: str) -> bool:
+    """True for a service that is installed as a unit."""
+    return units.find(settings.paths.home, name) is not None
 
 
 def files_of(settings: Settings, name: str) -> ServiceFiles:
@@ -134,7 +167,7 @@ def _target(status: ServiceStatus) -> BenchTarget:
     if status.phase != "ready":
         raise failure(status) if status.phase == "failed" else _not_ready(status)
     path = spec.secrets.get(KEY_VARIABLE)
-    key = Path(path).read_text().strip() if path else None
+    key = first_key(Path(path)) if path else None
     return BenchTarget(spec.url, spec.model, key, spec.name)
 
 

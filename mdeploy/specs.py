@@ -15,6 +15,7 @@ SCHEMA = 1
 
 Phase = Literal["starting", "ready", "unhealthy", "stopping", "stopped", "failed"]
 Manager = Literal["foreground", "detached", "systemd"]
+RestartPolicy = Literal["always", "on-failure", "never"]
 
 Say = Callable[[str], None]
 """Takes one line of progress; packages hand lines over, they never print."""
@@ -90,7 +91,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class LlmOptions:
-    """What the user asked of an LLM service; None means no wish."""
+    """What the user asked of an LLM service; None means no wish. `gpu_count` is for any GPUs, `gpus` for these."""
 
     tp: int | None = None
     gpus: tuple[int, ...] | None = None
@@ -98,6 +99,7 @@ class LlmOptions:
     max_model_len: str | None = None
     dtype: str | None = None
     extra: tuple[str, ...] = ()
+    gpu_count: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,7 @@ class GpuPlan:
     """Where and how large an engine runs; `reasons` says why, one sentence each.
 
     `util` is a share of GPU memory; `kv_cache_bytes` and `threads` (of one rank) are set on a CPU.
+    `named` says that the user chose the devices, so sharing them is the user's business.
     """
 
     device: Literal["cpu", "cuda"]
@@ -115,6 +118,7 @@ class GpuPlan:
     dtype: str | None
     kv_cache_bytes: int | None = None
     threads: int | None = None
+    named: bool = False
     reasons: tuple[str, ...] = ()
 
 
@@ -137,6 +141,7 @@ class Probe:
     """How to know that a service works: a cheap path, and a request that must really be answered.
 
     `bearer` names the secret (a key of ServiceSpec.secrets) that the service asks its clients for.
+    `work_metrics` begin the lines of /metrics that change whenever the engine gets on with requests.
     """
 
     health_path: str
@@ -144,16 +149,27 @@ class Probe:
     request_body: Mapping[str, Any]
     timeout_s: float = 30.0
     bearer: str | None = None
+    work_metrics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Deadlines of a service, in seconds, and the size of its log in bytes."""
+    """Deadlines of a service, in seconds, and what its log may take on the disk.
+
+    `stop_timeout_s` is what requests in flight get to finish. `health_timeout_s` is the deadline of
+    one cheap question. A real request is asked every `answer_interval_s`; one that gets no answer
+    for `hang_timeout_s`, while nothing else is answered either, proves a hung engine. The log has
+    `log_files` rotated files of `log_bytes` beside the live one.
+    """
 
     start_timeout_s: float = 1800.0
     stop_timeout_s: float = 30.0
     health_interval_s: float = 2.0
+    health_timeout_s: float = 10.0
+    answer_interval_s: float = 20.0
+    hang_timeout_s: float = 60.0
     log_bytes: int = 64 << 20
+    log_files: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +178,8 @@ class ServiceSpec:
 
     `env` is added to a clean copy of the caller's environment. `secrets` maps an environment
     variable of the engine to the file its value is in: a value itself never enters a spec.
-    `source` is what the user typed as the model.
+    `source` is what the user typed as the model. `reloads` says that the engine reads its keys again
+    on SIGHUP. `depends_on` names services that must be ready first.
     """
 
     name: str
@@ -178,6 +195,9 @@ class ServiceSpec:
     plan: GpuPlan | None = None
     secrets: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
+    restart: RestartPolicy = "on-failure"
+    reloads: bool = False
+    depends_on: tuple[str, ...] = ()
 
     @property
     def url(self) -> str:
@@ -198,7 +218,8 @@ class ServiceRecord:
     """What a supervisor last wrote about its service. `since` is Unix time in seconds.
 
     (pid, pid_created, boot_id) name one process for ever: a reused pid or a reboot is noticed.
-    `scratch` is the run's own directory for temporary files and sockets.
+    `scratch` is the run's own directory for temporary files and sockets. `failures` are the Unix
+    times of the ends nobody asked for, as far back as the give-up rule looks.
     """
 
     name: str
@@ -211,6 +232,7 @@ class ServiceRecord:
     since: float
     scratch: str = ""
     restarts: int = 0
+    failures: tuple[float, ...] = ()
     engine_pid: int | None = None
     detail: str = ""
     error: str | None = None
@@ -220,11 +242,12 @@ class ServiceRecord:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """Why an engine ended, in a user's words, and the exit code that says whether a retry can help."""
+    """Why an engine ended, in a user's words; `permanent` where trying again cannot help."""
 
     cause: str
     hint: str
     exit_code: int
+    permanent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +263,7 @@ class ServiceStatus:
     error: str | None = None
     hint: str = ""
     exit_code: int = 0
+    manager: Manager | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ class ManagedBy(str, Enum):
 
     foreground = "foreground"
     detached = "detached"
+    systemd = "systemd"
 
 
 def register(app: typer.Typer) -> None:
@@ -23,11 +24,13 @@ def register(app: typer.Typer) -> None:
 def run(
     name: Annotated[str, typer.Argument(help="A service that was served before.")],
     manager: Annotated[ManagedBy, typer.Option("--manager", hidden=True)] = ManagedBy.foreground,
+    resumed: Annotated[bool, typer.Option("--resumed", hidden=True)] = False,
 ) -> int:
     """Supervise one service until it ends.
 
-    Starts it, watches it and stops it cleanly on Ctrl-C or SIGTERM.
+    Starts it, watches it, starts it again when it ends unasked, and stops it cleanly on Ctrl-C or
+    SIGTERM. The same process runs a service in the foreground, in the background and under systemd.
     """
     from mdeploy import services, settings
 
-    return services.run_service(settings.load(), name, manager.value)
+    return services.run_service(settings.load(), name, manager.value, resumed=resumed)

@@ -30,10 +30,15 @@ _OURS = {
     "-pp": "--tp: the plan counts GPUs by it",
     "--data-parallel-size": "one service a GPU, each with its --gpus",
     "-dp": "one service a GPU, each with its --gpus",
+    "--shutdown-timeout": "mdeploy serve llm --drain",
     "--ssl-keyfile": "a proxy in front: readiness is asked over http",
     "--ssl-certfile": "a proxy in front: readiness is asked over http",
 }
+WORK_METRICS = ("vllm:iteration_tokens_total_count", "vllm:generation_tokens_total", "vllm:prompt_tokens_total")
+"""Counters of /metrics that only the engine core moves; those of requests also count clients who left."""
+
 _QUIET = "--disable-access-log-for-endpoints"
+_DRAIN = "--shutdown-timeout"
 _SOURCES = ("engine/arg_utils.py", "entrypoints/cli/serve.py", "entrypoints/**/cli_args.py")
 
 
@@ -45,8 +50,12 @@ def argv(
     port: int,
     plan: GpuPlan,
     extra: Iterable[str],
+    drain_s: float = 0.0,
 ) -> tuple[str, ...]:
-    """The full command of `vllm serve`; `names` are what clients may call the model."""
+    """The full command of `vllm serve`; `names` are what clients may call the model.
+
+    `drain_s` is what requests in flight get to finish once the service is to stop.
+    """
     command = [engine.python, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
     command += ["--served-model-name", *names, "--host", host, "--port", str(port)]
     command += ["--tensor-parallel-size", str(plan.tp)] if plan.tp > 1 else []
@@ -56,8 +65,15 @@ def argv(
     if plan.device == "cpu":
         command += ["--enforce-eager"]
         command += ["--kv-cache-memory-bytes", str(plan.kv_cache_bytes)] if plan.kv_cache_bytes else []
-    command += [_QUIET, "/health,/metrics"] if _QUIET in known_flags(engine.python) else []
+    known = known_flags(engine.python)
+    command += [_QUIET, "/health,/metrics"] if _QUIET in known else []
+    command += [_DRAIN, str(_shutdown_s(drain_s))] if _DRAIN in known and _shutdown_s(drain_s) else []
     return (*command, *extra)
+
+
+def _shutdown_s(drain_s: float) -> int:
+    """Seconds vLLM may wait for requests: the engine's own end needs a tenth, and a second at least."""
+    return max(0, int(drain_s - max(1.0, drain_s / 10)))
 
 
 def environment(plan: GpuPlan) -> dict[str, str]:

@@ -26,14 +26,15 @@ _STEPS = (
     (r"non-default args|vLLM API server version|version [\d.]+", "reading the configuration"),
 )
 
-# (pattern in the log, what it means, the way out, exit code); the first that matches wins
+# (pattern in the log, what it means, the way out, exit code, whether it stays so); the first that matches wins
 _KNOWN = (
-    (r"address already in use|Errno 98", "the port is already in use", "take another --port", ExitCode.CONFIG),
+    (r"address already in use|Errno 98", "the port is already in use", "take another --port", ExitCode.CONFIG, False),
     (
         r"CUDA out of memory|OutOfMemoryError|HIP out of memory",
         "the GPU ran out of memory",
         "lower --gpu-memory-utilization or --max-model-len, or use more GPUs: --tp",
         ExitCode.DOES_NOT_FIT,
+        False,
     ),
     (
         r"larger than the available KV cache memory|No available memory for the cache blocks|"
@@ -41,25 +42,29 @@ _KNOWN = (
         "the KV cache of one request does not fit",
         "lower --max-model-len (auto takes what fits), or use more GPUs: --tp",
         ExitCode.DOES_NOT_FIT,
+        True,
     ),
     (
         r"Free memory on device .* is less than desired",
         "another process holds the GPU's memory",
         "see nvidia-smi, or lower --gpu-memory-utilization",
         ExitCode.DOES_NOT_FIT,
+        False,
     ),
     (
         r"must be divisible by tensor parallel size",
         "the attention heads cannot be divided by --tp",
         "take a --tp that divides them",
         ExitCode.USAGE,
+        True,
     ),
-    (r"No space left on device", "the disk (or /dev/shm) is full", "df -h / /dev/shm", ExitCode.FAILURE),
+    (r"No space left on device", "the disk (or /dev/shm) is full", "df -h / /dev/shm", ExitCode.FAILURE, False),
     (
         r"unrecognized arguments: (.*)|error: argument (.*)",
         "vLLM does not take this flag",
         "vLLM's own flags: mdeploy serve llm -- …",
         ExitCode.USAGE,
+        True,
     ),
 )
 
@@ -85,17 +90,18 @@ def explain(lines: Sequence[str], status: int, was_ready: bool) -> Diagnosis:
     """Why the engine ended, from its log and its exit status (negative: the signal's number)."""
     clean = [text for line in lines if not _HARMLESS.match(text := _PREFIX.sub("", line))]
     for line in clean:
-        for pattern, meaning, hint, code in _KNOWN:
+        for pattern, meaning, hint, code, stays in _KNOWN:
             if re.search(pattern, line):
-                return Diagnosis(f"{meaning}: {_message(line)}", hint, code)
+                return Diagnosis(f"{meaning}: {_message(line)}", hint, code, stays and not was_ready)
     first = _first_error(clean)
     if was_ready or status < 0 or not first:
         ended = _ending(status)
         cause = f"the engine {ended} without being asked" + (f": {first}" if first else "")
         return Diagnosis(cause, "mdeploy logs NAME", ExitCode.FAILURE)
     # A refused value stays refused; a driver or a network that is not there yet may come.
-    code = ExitCode.CONFIG if any(_REFUSED.search(line) for line in clean) else ExitCode.FAILURE
-    return Diagnosis(f"vLLM did not start: {first}", "mdeploy logs NAME", code)
+    refused = any(_REFUSED.search(line) for line in clean)
+    code = ExitCode.CONFIG if refused else ExitCode.FAILURE
+    return Diagnosis(f"vLLM did not start: {first}", "mdeploy logs NAME", code, refused)
 
 
 def _first_error(lines: Sequence[str]) -> str:

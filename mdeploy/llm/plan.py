@@ -7,7 +7,7 @@ before 20 to 100 seconds of start-up.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mdeploy.errors import DoesNotFitError, UsageError
 from mdeploy.specs import Gpu, GpuPlan, LlmOptions, ModelFacts, Recipe
@@ -20,6 +20,7 @@ _CPU_KV_SHARE = 0.3
 
 _BYTES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
 _DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
+_NOBODY: Mapping[int, str] = {}
 _SUFFIXES = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
 
 
@@ -29,7 +30,7 @@ def plan_cpu(facts: ModelFacts, wish: LlmOptions, recipe: Recipe | None, cores: 
     `cores` are the usable ones, `free_bytes` the memory not in use. Raises UsageError for
     impossible wishes.
     """
-    if wish.gpus:
+    if wish.gpus or wish.gpu_count:
         raise UsageError("--gpus needs a CUDA engine", hint="mdeploy engines install vllm --variant cuda")
     tp = 1 if wish.tp is None else wish.tp
     _check(facts, wish, tp)
@@ -49,18 +50,31 @@ def plan_cpu(facts: ModelFacts, wish: LlmOptions, recipe: Recipe | None, cores: 
     )
 
 
-def plan_cuda(facts: ModelFacts, wish: LlmOptions, recipe: Recipe | None, gpus: Sequence[Gpu]) -> GpuPlan:
-    """A run on GPUs: the ones wished for, else those with the most free memory.
+def plan_cuda(
+    facts: ModelFacts,
+    wish: LlmOptions,
+    recipe: Recipe | None,
+    gpus: Sequence[Gpu],
+    taken: Mapping[int, str] = _NOBODY,
+    before: Sequence[int] = (),
+) -> GpuPlan:
+    """A run on GPUs: the ones wished for, else those it had `before`, else those with the most free memory.
 
+    `taken` says which GPUs belong to whom: none of them is chosen unless it is wished for by number.
     Raises DoesNotFitError without enough GPUs, UsageError for impossible wishes.
     """
-    tp = len(wish.gpus or (0,)) if wish.tp is None else wish.tp
+    tp = (len(wish.gpus or ()) or wish.gpu_count or 1) if wish.tp is None else wish.tp
     _check(facts, wish, tp)
-    chosen = _choose(gpus, wish.gpus, tp)
+    _check_count(gpus, wish, tp)
+    if wish.gpus:
+        chosen, why = wish.gpus, "; ".join(["as wished", *_shared(wish.gpus, taken)])
+    else:
+        chosen, why = _choose(gpus, tp, taken, before)
     max_len, reasons = _max_len(facts, wish, recipe)
-    reasons.append(f"GPU {', '.join(map(str, chosen))}: " + ("as wished" if wish.gpus else "most free memory"))
+    reasons.append(f"GPU {', '.join(map(str, chosen))}: {why}")
     util = wish.gpu_memory_utilization or (recipe.gpu_memory_utilization if recipe else None)
-    return GpuPlan("cuda", chosen, tp, util, max_len, wish.dtype, reasons=tuple(reasons))
+    named = wish.gpus is not None
+    return GpuPlan("cuda", chosen, tp, util, max_len, wish.dtype, named=named, reasons=tuple(reasons))
 
 
 def _check(facts: ModelFacts, wish: LlmOptions, tp: int) -> None:
@@ -79,7 +93,8 @@ def _check(facts: ModelFacts, wish: LlmOptions, tp: int) -> None:
         raise UsageError(f"--dtype {wish.dtype}: one of {', '.join(_DTYPES)}")
 
 
-def _choose(gpus: Sequence[Gpu], wanted: tuple[int, ...] | None, tp: int) -> tuple[int, ...]:
+def _check_count(gpus: Sequence[Gpu], wish: LlmOptions, tp: int) -> None:
+    """Whether this machine has the GPUs at all, whoever uses them."""
     present = {gpu.index for gpu in gpus}
     if not present:
         raise DoesNotFitError(
@@ -87,17 +102,37 @@ def _choose(gpus: Sequence[Gpu], wanted: tuple[int, ...] | None, tp: int) -> tup
             hint="mdeploy engines install vllm --variant cpu   (to try things out without a GPU)",
         )
     known = ", ".join(map(str, sorted(present)))
-    if wanted is None:
-        if tp > len(present):
-            raise DoesNotFitError(f"--tp {tp} needs {tp} GPUs, this machine has {len(present)}", hint=f"GPUs: {known}")
-        roomiest = sorted(gpus, key=lambda gpu: (-gpu.free_mib, gpu.index))[:tp]
-        return tuple(sorted(gpu.index for gpu in roomiest))
-    missing = [str(index) for index in wanted if index not in present]
+    missing = [str(index) for index in wish.gpus or () if index not in present]
     if missing:
         raise DoesNotFitError(f"no GPU {', '.join(missing)} on this machine", hint=f"GPUs: {known}")
-    if len(wanted) != tp:
-        raise UsageError(f"--tp {tp} with {len(wanted)} GPUs in --gpus", hint="name as many GPUs as --tp says")
-    return wanted
+    named = len(wish.gpus) if wish.gpus else wish.gpu_count
+    if named and named != tp:
+        raise UsageError(f"--tp {tp} with {named} GPUs in --gpus", hint="name as many GPUs as --tp says")
+    if tp > len(present):
+        raise DoesNotFitError(f"--tp {tp} needs {tp} GPUs, this machine has {len(present)}", hint=f"GPUs: {known}")
+
+
+def _choose(
+    gpus: Sequence[Gpu], tp: int, taken: Mapping[int, str], before: Sequence[int]
+) -> tuple[tuple[int, ...], str]:
+    """Devices that nobody has, and why these."""
+    free = {gpu.index: gpu for gpu in gpus if gpu.index not in taken}
+    if len(before) == tp and set(before) <= set(free):
+        return tuple(before), "as before"
+    if tp > len(free):
+        whose = ", ".join(f"GPU {gpu.index} belongs to {taken[gpu.index]}" for gpu in gpus if gpu.index in taken)
+        first = ",".join(str(gpu.index) for gpu in gpus[:tp])
+        raise DoesNotFitError(
+            f"{tp} GPU{'s' if tp > 1 else ''} needed, {len(free)} of {len(gpus)} not in use: {whose}",
+            hint=f"stop one of them (mdeploy stop NAME), or share on purpose: --gpus {first}",
+        )
+    roomiest = sorted(free.values(), key=lambda gpu: (-gpu.free_mib, gpu.index))[:tp]
+    why = "most free memory" + (" of those nobody has" if taken else "")
+    return tuple(sorted(gpu.index for gpu in roomiest)), why
+
+
+def _shared(wanted: Sequence[int], taken: Mapping[int, str]) -> list[str]:
+    return [f"GPU {index} also belongs to {taken[index]}" for index in wanted if index in taken]
 
 
 def _max_len(facts: ModelFacts, wish: LlmOptions, recipe: Recipe | None) -> tuple[str | None, list[str]]:

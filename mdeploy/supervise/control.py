@@ -105,11 +105,14 @@ def _is_gone_after(files: ServiceFiles, sig: int, patience_s: float) -> bool:
     signalled = None
     while True:
         record = files.record()
-        lives = record is not None and processes.is_same(record.pid, record.pid_created)
+        lives = record is not None and state.lives(record)
         if not lives and not files.is_supervised():
             return True
         if record and lives and record.pid != signalled:
+            if sig == signal.SIGKILL:
+                files.forbid(record)
             processes.send([record.pid], sig)
+            processes.send([record.pid], signal.SIGCONT)  # one that is stopped would never see it
             signalled = record.pid
         if time.monotonic() > deadline:
             return False

@@ -9,8 +9,12 @@ from collections.abc import Iterable
 from mdeploy.errors import ConfigError
 
 
+class PortTakenError(ConfigError):
+    """The address cannot be listened on now; who has it may go."""
+
+
 def check_port(host: str, port: int) -> None:
-    """Bind once and let go. Raises ConfigError where the address is taken or not ours."""
+    """Bind once and let go. Raises PortTakenError where the address is taken or not ours."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -19,7 +23,7 @@ def check_port(host: str, port: int) -> None:
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             hint = f"take another --port, or see who has it: ss -ltnp 'sport = :{port}'"
-            raise ConfigError(f"cannot listen on {host}:{port}: {reason}", hint=hint) from error
+            raise PortTakenError(f"cannot listen on {host}:{port}: {reason}", hint=hint) from error
 
 
 def listens(pids: Iterable[int], port: int) -> bool:

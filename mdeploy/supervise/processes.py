@@ -80,6 +80,12 @@ def _stat(pid: int) -> list[str] | None:
         return None
 
 
+def is_frozen(pid: int) -> bool:
+    """True while a process is stopped by a signal (SIGSTOP); one under a debugger is not."""
+    stat = _stat(pid)
+    return stat is not None and stat[0] == "T"
+
+
 def is_same(pid: int, when: float) -> bool:
     """True while the process that started at `when` lives; a reused pid is another process."""
     return created(pid) == when

@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from mdeploy.errors import ConfigError, MdeployError, NotFoundError, UsageError
 from mdeploy.paths import Paths
@@ -22,6 +23,9 @@ from mdeploy.supervise import processes
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _LOCK_TRIES, _LOCK_PAUSE_S = 50, 0.02
+_PUBLIC = 0o644
+"""Mode of what holds no secret: whoever may enter the directory may read it. Other files are private."""
+
 _ACTIVE = ("starting", "ready", "unhealthy", "stopping")
 
 
@@ -43,9 +47,12 @@ def make_private(directory: Path) -> None:
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Readers see the old file or the new one, never half of one, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+        # exclusive: in a directory that others may write to, nobody can point it somewhere else
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            _keep_owner(path, file.fileno())
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -55,6 +62,14 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
         if not isinstance(error, OSError):
             raise
         raise ConfigError(f"cannot write {path}: {error.strerror}", hint=f"df -h {path.parent}") from error
+
+
+def _keep_owner(path: Path, fd: int) -> None:
+    """What root replaces stays its owner's: a service under a user of its own must write it again."""
+    if os.geteuid() == 0:
+        with contextlib.suppress(FileNotFoundError):
+            owner = path.lstat()
+            os.fchown(fd, owner.st_uid, owner.st_gid)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,18 +111,35 @@ class ServiceFiles:
     def write_spec(self, spec: ServiceSpec) -> None:
         """Replace the spec."""
         self.create()
-        write_atomically(self.directory / "spec.json", to_json(spec))
+        write_atomically(self.directory / "spec.json", to_json(spec), _PUBLIC)
 
     def record(self) -> ServiceRecord | None:
         """What a supervisor last wrote; None before the first start or where it cannot be read."""
         try:
             return from_json(ServiceRecord, (self.directory / "state.json").read_bytes())
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, PermissionError, ValueError):
             return None
 
     def write_record(self, record: ServiceRecord) -> None:
         """Replace the record."""
-        write_atomically(self.directory / "state.json", to_json(record))
+        write_atomically(self.directory / "state.json", to_json(record), _PUBLIC)
+
+    def record_stamp(self) -> tuple[int, int, int] | None:
+        """Changes whenever somebody else touches the record; None where there is none."""
+        with contextlib.suppress(OSError):
+            found = (self.directory / "state.json").stat()
+            return found.st_ino, found.st_mtime_ns, found.st_size
+        return None
+
+    def forbid(self, record: ServiceRecord) -> None:
+        """Nobody may take this supervisor's place: it is about to be killed for good."""
+        write_atomically(self.directory / "forbidden", f"{record.pid} {record.pid_created}".encode())
+
+    def is_forbidden(self, record: ServiceRecord) -> bool:
+        """True for a supervisor that was killed to end its service."""
+        with contextlib.suppress(OSError):
+            return (self.directory / "forbidden").read_text() == f"{record.pid} {record.pid_created}"
+        return False
 
     def segments(self) -> Segments:
         """What is known of the current run's shared memory."""
@@ -133,7 +165,7 @@ class ServiceFiles:
         `is_supervised` holds the lock for an instant, so one refusal is not believed.
         """
         self.create()
-        with (self.directory / "lock").open("a") as file:
+        with self._lock_file() as file:
             for patience in range(_LOCK_TRIES, -1, -1):
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -144,6 +176,14 @@ class ServiceFiles:
                     time.sleep(_LOCK_PAUSE_S)
             yield
 
+    def _lock_file(self) -> IO[bytes]:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            return os.fdopen(os.open(self.directory / "lock", flags, 0o600), "r+b")
+        except OSError as error:
+            hint = f"it belongs to another user: ls -l {self.directory}"
+            raise ConfigError(f"cannot open {self.directory / 'lock'}: {error.strerror}", hint=hint) from error
+
     def is_supervised(self) -> bool:
         """True while a supervisor lives."""
         try:
@@ -151,9 +191,17 @@ class ServiceFiles:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
+        except PermissionError:  # somebody else's service: its process can be seen all the same
+            record = self.record()
+            return record is not None and lives(record)
         except BlockingIOError:
             return True
         return False
+
+
+def lives(record: ServiceRecord) -> bool:
+    """True while the supervisor that wrote a record lives; its pid means nothing after another boot."""
+    return record.boot_id == processes.boot_id() and processes.is_same(record.pid, record.pid_created)
 
 
 def already_running(name: str) -> MdeployError:
@@ -200,6 +248,7 @@ def status(files: ServiceFiles) -> ServiceStatus:
         record.error,
         record.hint,
         record.exit_code,
+        record.manager,
     )
     if files.is_supervised():
         return now

@@ -1,7 +1,8 @@
 """`mdeploy run NAME`: the one main process of a service in every mode.
 
-It starts the engine, says ready only after a real answer, watches it, and when it ends, asked
-or not, leaves no process, no port and no shared memory behind.
+It starts the engine, says ready only after a real answer, tells a hung engine from a slow one,
+starts it again when it ends unasked, and leaves no process, no port and no shared memory behind.
+What it needs of the machine (clock, engines, probes) is handed in: histories replay in tests.
 """
 
 from __future__ import annotations
@@ -9,30 +10,27 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
-import threading
-import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import FrameType
 
 from mdeploy.errors import ConfigError, ExitCode
 from mdeploy.specs import Diagnosis, Manager, Phase, ServiceRecord, ServiceSpec
-from mdeploy.supervise import processes
-from mdeploy.supervise.health import HttpProber, Watch
-from mdeploy.supervise.logs import LogWriter, Pump
-from mdeploy.supervise.ports import check_port, listens
-from mdeploy.supervise.state import Segments, ServiceFiles
+from mdeploy.supervise import causes, policy, processes, secrets
+from mdeploy.supervise.causes import Words
+from mdeploy.supervise.engine import Engine
+from mdeploy.supervise.guard import Guard
+from mdeploy.supervise.notify import Notifier
+from mdeploy.supervise.state import ServiceFiles
+from mdeploy.supervise.world import Headers, Watching, World
 
 _TICK_S = 0.25
-_SHM_STARTING_S, _SHM_READY_S = 2.0, 60.0
-"""How often shared memory is looked for. It reads all of /proc, and a ready engine makes no more of it."""
+_PROMPT_S = 0.05
 
-_MISSES = 3
-"""Failed health checks in a row that make a ready service unhealthy."""
+_LOOK_STARTING_S, _LOOK_READY_S = 2.0, 60.0
+"""How often an engine's shared memory is looked for: it reads all of /proc, and a ready engine makes no more of it."""
 
 _REFUSALS = 3
 """Times in a row that a healthy engine may call our request wrong (4xx) before it is not asked again."""
@@ -40,291 +38,345 @@ _REFUSALS = 3
 _STRAGGLERS_S = 3.0
 """What the engine's children get to end by themselves once its main process has."""
 
-# Never handed to an engine: other Python environments, and secrets that are not its own.
-_NOT_INHERITED = (
-    "PYTHONPATH",
-    "PYTHONHOME",
-    "VIRTUAL_ENV",
-    "NOTIFY_SOCKET",
-    "VLLM_USE_MODELSCOPE",
-    *processes.SECRETS,
-)
+_GPU_S = 15.0
+"""How long a driver may take to give memory back after the processes that held it are gone."""
+
+_GPU_TOLERANCE_MIB = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
-    """What the supervisor must be told about a kind of engine: it knows processes, not vLLM.
+class _End:
+    """How a run ended: `cause` is None where that was asked for; `ready_s` None where it never was ready."""
 
-    `progress` finds the start-up step in the latest log lines, `explain` the cause of an end in
-    all of them (with the exit status, and whether it had been ready).
-    """
-
-    progress: Callable[[Sequence[str]], str]
-    explain: Callable[[Sequence[str], int, bool], Diagnosis]
+    cause: Diagnosis | None
+    ready_s: float | None = None
 
 
 class Supervisor:
-    """Runs one service once, from start to clean end."""
+    """Runs one service from its start to a clean end, through as many engines as that takes."""
 
-    def __init__(self, spec: ServiceSpec, files: ServiceFiles, manager: Manager, words: Words) -> None:
-        self._spec, self._files, self._words = spec, files, words
-        self._echo = _echo if manager == "foreground" else None
-        self._stops = 0
-        self._wake = threading.Event()
-        self._segments = Segments(before=processes.all_shared_memory())
-        self._segments_seen = 0.0
-        self._secrets: dict[str, str] = {}
-        self._written: ServiceRecord | None = None
-        pid, run_id = os.getpid(), uuid.uuid4().hex
+    def __init__(
+        self,
+        spec: ServiceSpec,
+        files: ServiceFiles,
+        manager: Manager,
+        words: Words,
+        world: World,
+        guard: Guard | None = None,
+        *,
+        resumed: bool = False,
+    ) -> None:
+        self._spec, self._files, self._words, self._world = spec, files, words, world
+        self._guard, self._resumed, self._manager = guard, resumed, manager
+        self._notifier = Notifier(os.environ)
+        self._stops = self._reloads = 0
+        self._served = resumed
+        self._written: tuple[ServiceRecord, object] | None = None
+        pid = os.getpid()
         self._record = ServiceRecord(
             name=spec.name,
-            run_id=run_id,
+            run_id="",
             pid=pid,
             pid_created=processes.created(pid) or 0.0,
             boot_id=processes.boot_id(),
             manager=manager,
             phase="starting",
-            since=time.time(),
-            scratch=str(processes.scratch(run_id)),
+            since=world.unix(),
         )
 
     def run(self) -> int:
-        """Until the engine ends or a signal asks for the end; returns the exit code."""
+        """Until the service is given up or a signal asks for the end; returns the exit code."""
         with self._files.locked():
+            previous = self._files.record()
+            if self._resumed and not self._is_wanted(previous):
+                return ExitCode.OK
             self._on_signals()
-            self._clear_previous()
-            self._write("starting")
+            end = self._take_over(previous)
             processes.become_subreaper()
-            try:
-                self._prepare()
-                engine = self._start()
-            except (OSError, ConfigError) as error:
-                processes.remove_scratch(self._record.scratch)
-                return self._failed(_cannot_start(error))
-            try:
-                return self._supervise(engine)
-            except BaseException:  # a bug of ours must not leave an engine nobody watches
-                self._clean_up()
-                raise
+            code = self._serve(end)
+            if self._guard:  # not after an exception: then it shall take our place
+                self._guard.dismiss()
+            return code
+
+    def stop(self) -> None:
+        """Ask for the end; a second time, for a quick one."""
+        self._stops += 1
+        self._world.wake()
+
+    def reload(self) -> None:
+        """Ask the engine to read its keys again."""
+        self._reloads += 1
+        self._world.wake()
 
     # start
 
-    def _clear_previous(self) -> None:
-        """End what a killed supervisor left: it would hold our port and our memory."""
-        previous = self._files.record()
-        if previous and previous.boot_id == self._record.boot_id:
-            processes.end_run(previous.run_id, self._files.segments().ours(), previous.scratch)
-
     def _on_signals(self) -> None:
         def stop(number: int, frame: FrameType | None) -> None:
-            self._stops += 1
-            self._wake.set()
+            self.stop()
 
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        def reload(number: int, frame: FrameType | None) -> None:
+            self.reload()
+
+        hang_up = stop if self._manager == "foreground" else reload
+        for number, handler in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, hang_up)):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup asked to outlive the terminal
-                signal.signal(number, stop)
+                signal.signal(number, handler)
 
-    def _prepare(self) -> None:
-        """Everything that can fail, before there is a process to clean up after."""
-        spec = self._spec
-        check_port(spec.host, spec.port)
-        self._secrets = {name: _secret(Path(file)) for name, file in spec.secrets.items()}
-        bearer = self._secrets.get(spec.probe.bearer or "")
-        headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
-        run_id, port = self._record.run_id, spec.port
-        self._watch = Watch(
-            HttpProber(spec.url, spec.probe, headers),
-            spec.limits.health_interval_s,
-            is_ours=lambda: listens(processes.marked(run_id), port),
+    def _is_wanted(self, previous: ServiceRecord | None) -> bool:
+        """False where somebody stopped the service before its guard came."""
+        return previous is None or (
+            previous.phase not in ("stopped", "failed") and not self._files.is_forbidden(previous)
         )
-        Path(self._record.scratch).mkdir(mode=0o700)
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        spec = self._spec
-        engine = subprocess.Popen(
-            spec.argv,
-            cwd=spec.cwd,
-            env=self._environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=processes.die_with_parent(),
+    def _take_over(self, previous: ServiceRecord | None) -> _End | None:
+        """End what a killed supervisor left: it would hold our port and our memory.
+
+        Returns how that run ended, where we come to go on with the service.
+        """
+        ready_s = None
+        if previous and previous.boot_id == self._record.boot_id:
+            processes.end_run(previous.run_id, self._files.segments().ours(), previous.scratch)
+            ready_s = self._world.unix() - previous.since if previous.phase == "ready" else None
+            if self._resumed:
+                self._record = replace(self._record, failures=previous.failures, restarts=previous.restarts)
+        if not self._resumed:
+            return None
+        return _End(causes.supervisor_killed(self._spec.name), ready_s)
+
+    def _serve(self, end: _End | None) -> int:
+        policy_ = "never" if self._resumed and self._manager == "foreground" else self._spec.restart
+        while True:
+            end = end or self._one_run()
+            if end.cause is None:
+                return self._stopped()
+            if self._stops:
+                return self._failed(end.cause, "")
+            ending = policy.Ending(self._world.unix(), end.ready_s, end.cause.permanent)
+            verdict = policy.after(policy_, self._record.failures, ending, served=self._served)
+            self._record = replace(self._record, failures=verdict.failures)
+            if verdict.pause_s is None:
+                return self._failed(end.cause, verdict.why)
+            if not self._pause(end.cause, verdict):
+                return self._stopped()
+            end = None
+
+    def _pause(self, cause: Diagnosis, verdict: policy.Verdict) -> bool:
+        """Wait before the next start; False where the end was asked for meanwhile."""
+        pause = verdict.pause_s or 0.0
+        text = f"starting again in {pause:g} s (failure {len(verdict.failures)})"
+        self._note(f"{cause.cause}; {text}")
+        self._record = replace(
+            self._record, error=cause.cause, hint=cause.hint, restarts=self._record.restarts + 1, engine_pid=None
         )
-        self._record = replace(self._record, engine_pid=engine.pid)
-        assert engine.stdout is not None
-        self._writer = LogWriter(self._files.log, spec.limits.log_bytes)
-        self._pump = Pump(engine.stdout, self._writer, self._echo)  # type: ignore[arg-type]
-        self._pump.start()
-        return engine
+        deadline = self._world.now() + pause
+        while not self._stops and self._world.now() < deadline:
+            self._write("starting", text)
+            self._housekeep(None)
+            self._world.wait(min(_TICK_S, max(deadline - self._world.now(), 0.0)))
+        return not self._stops
 
-    def _environment(self) -> dict[str, str]:
-        spec = self._spec
-        inherited = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
-        path = f"{Path(spec.argv[0]).parent}{os.pathsep}{inherited.get('PATH', os.defpath)}"
-        marker = processes.marker_environment(self._record.run_id)
-        ours = {"PATH": path, "TMPDIR": self._record.scratch, "PYTHONUNBUFFERED": "1"}
-        return {**inherited, **spec.env, **ours, **self._secrets, **marker}
+    def _one_run(self) -> _End:
+        run_id = uuid.uuid4().hex
+        self._record = replace(self._record, run_id=run_id, scratch=str(processes.scratch(run_id)), engine_pid=None)
+        self._write("starting", "starting the engine")
+        if self._guard:
+            self._guard.keep()
+        before = self._world.free_mib()
+        try:
+            self._world.check_port()
+            keys = secrets.read(self._spec.secrets, self._manager)
+            headers = self._headers()
+            engine = self._world.spawn(run_id, keys)
+        except (OSError, ConfigError) as error:
+            processes.remove_scratch(self._record.scratch)
+            return _End(causes.cannot_start(error))
+        watch = self._world.watch(run_id, headers)
+        try:
+            return self._watch_over(engine, watch, before)
+        except BaseException:  # a bug of ours must not leave an engine nobody watches
+            engine.end()
+            raise
+        finally:
+            watch.stop()
+
+    def _headers(self) -> Headers:
+        """What our questions carry: the key the engine was started with, or the newest where it reloads."""
+        known = secrets.headers(self._spec, self._manager)
+
+        def newest() -> Mapping[str, str]:
+            nonlocal known
+            with contextlib.suppress(ConfigError):  # a file that is being replaced says nothing of the engine
+                known = secrets.headers(self._spec, self._manager)
+            return known
+
+        return newest if self._spec.reloads else lambda: known
 
     # life
 
-    def _supervise(self, engine: subprocess.Popen[bytes]) -> int:
-        self._write("starting", detail="starting the engine")
-        self._watch.start()
-        deadline = time.monotonic() + self._spec.limits.start_timeout_s
-        try:
-            return self._loop(engine, deadline)
-        finally:
-            self._watch.stop()
-
-    def _loop(self, engine: subprocess.Popen[bytes], deadline: float) -> int:
-        ready = self._watch.ready
+    def _watch_over(self, engine: Engine, watch: Watching, free_before: Mapping[int, int]) -> _End:
+        started = self._world.now()
+        ready_at: float | None = None
+        self._record = replace(self._record, engine_pid=engine.pid)
+        self._write("starting", "starting the engine")
+        watch.start()
         while True:
-            self._wake.wait(_TICK_S)
-            self._wake.clear()
+            self._world.wait(_TICK_S)
+            self._housekeep(engine)
             if self._stops:
-                return self._stop(engine)
+                return self._stop(engine, free_before)
+            if watch.ready.is_set() and ready_at is None:
+                ready_at = self._world.now()
             status = engine.poll()
-            if status is not None:
-                return self._ended(status, ready.is_set())
-            processes.reap_orphans(engine.pid)
-            self._observe()
-            if not ready.is_set() and (time.monotonic() > deadline or self._watch.refusals >= _REFUSALS):
-                return self._not_ready(engine)
+            engine.observe(_LOOK_STARTING_S if ready_at is None else _LOOK_READY_S)
+            cause = (
+                self._ended(engine, status, ready_at is not None)
+                if status is not None
+                else self._starting(engine, watch, started)
+                if ready_at is None
+                else self._serving(engine, watch)
+            )
+            if cause is not None:
+                self._clean_up(engine, free_before)
+                return _End(cause, None if ready_at is None else self._world.now() - ready_at)
 
-    def _observe(self) -> None:
-        """Bring the record up to what is seen."""
-        self._see_shared_memory()
-        if not self._watch.ready.is_set():
-            step = self._words.progress(self._pump.lines()) or "starting the engine"
-            self._write("starting", detail=f"{step}: {self._watch.refusal}" if self._watch.refusal else step)
-        elif self._watch.misses >= _MISSES:
-            self._write("unhealthy", detail=self._watch.last.detail)
+    def _starting(self, engine: Engine, watch: Watching, started: float) -> Diagnosis | None:
+        """Look at an engine that has not answered yet; the cause where it never will."""
+        seconds = self._spec.limits.start_timeout_s
+        if watch.refusals >= _REFUSALS:
+            return causes.refuses(self._spec.name, watch.last.detail)
+        if self._world.now() - started > seconds:
+            self._terminate(engine)
+            return causes.too_late(self._spec.name, seconds, watch.last.detail)
+        step = self._words.progress(engine.lines()) or "starting the engine"
+        self._write("starting", f"{step}: {watch.refusal}" if watch.refusal else step)
+        self._notifier.more_time()
+        return None
+
+    def _serving(self, engine: Engine, watch: Watching) -> Diagnosis | None:
+        """Look at an engine that has answered; the cause where it hangs and must go."""
+        condition = watch.condition(engine.frozen())
+        if condition.state == "hung":
+            return causes.hangs(self._spec.name, condition.detail)
+        if condition.state == "sick":
+            self._write("unhealthy", condition.detail)
         elif self._record.phase != "ready":
-            self._see_shared_memory(now=True)
+            self._served = True
+            engine.observe(0.0)
+            self._record = replace(self._record, error=None, hint="")
             self._write("ready")
+            self._notifier.ready(f"ready on {self._spec.url}")
+        return None
 
-    def _see_shared_memory(self, *, now: bool = False) -> None:
-        """Remember which segments the run uses: a killed process cannot be asked any more."""
-        every_s = _SHM_READY_S if self._watch.ready.is_set() else _SHM_STARTING_S
-        if not now and time.monotonic() - self._segments_seen < every_s:
+    def _ended(self, engine: Engine, status: int, was_ready: bool) -> Diagnosis:
+        engine.end()  # after this its log is whole
+        return self._words.explain(engine.lines(), status, was_ready)
+
+    def _housekeep(self, engine: Engine | None) -> None:
+        """What must go on in every phase: our own guard, the unit's watchdog, a record that is true, reloads."""
+        self._notifier.alive()
+        if self._guard:
+            self._guard.keep()
+        self._write(self._record.phase, self._record.detail)
+        if self._reloads and engine is not None:
+            self._reloads = 0
+            self._pass_on_reload(engine)
+
+    def _pass_on_reload(self, engine: Engine) -> None:
+        if not self._spec.reloads:
+            self._note(f"this engine cannot reload; mdeploy restart {self._spec.name} does more")
             return
-        self._segments_seen = time.monotonic()
-        seen = self._segments.seen | processes.shared_memory(processes.marked(self._record.run_id))
-        if seen != self._segments.seen:
-            self._segments = replace(self._segments, seen=seen)
-            self._keep(lambda: self._files.write_segments(self._segments))
+        self._notifier.reloading()
+        engine.signal(signal.SIGHUP)
+        self._note("asked the engine to reload")
+        self._notifier.ready(f"ready on {self._spec.url}")
 
     # end
 
-    def _stop(self, engine: subprocess.Popen[bytes]) -> int:
+    def _stop(self, engine: Engine, free_before: Mapping[int, int]) -> _End:
+        self._notifier.stopping()
         self._write("stopping")
         self._terminate(engine)
-        survivors = self._clean_up()
-        if survivors:
-            return self._failed(_will_not_die(survivors))
+        survivors = self._clean_up(engine, free_before)
+        return _End(causes.will_not_die(survivors)) if survivors else _End(None)
+
+    def _stopped(self) -> int:
+        self._record = replace(self._record, engine_pid=None, error=None, hint="", failures=())
         self._write("stopped")
         return ExitCode.OK
 
-    def _not_ready(self, engine: subprocess.Popen[bytes]) -> int:
-        """Give up on an engine that takes too long, or that refuses what it should answer."""
-        seconds, last, refused = self._spec.limits.start_timeout_s, self._watch.last.detail, self._watch.refusals
-        self._terminate(engine)
-        self._clean_up()
-        hint = f"mdeploy logs {self._spec.name}"
-        if refused >= _REFUSALS:
-            return self._failed(Diagnosis(f"the engine refuses a first request: {last}", hint, ExitCode.CONFIG))
-        return self._failed(Diagnosis(f"not ready after {seconds:g} s; last seen: {last}", hint, ExitCode.NOT_READY))
-
-    def _ended(self, status: int, was_ready: bool) -> int:
-        self._clean_up()
-        return self._failed(self._words.explain(self._pump.lines(), status, was_ready))
-
-    def _failed(self, diagnosis: Diagnosis) -> int:
-        self._record = replace(self._record, error=diagnosis.cause, hint=diagnosis.hint, exit_code=diagnosis.exit_code)
+    def _failed(self, cause: Diagnosis, why: str) -> int:
+        """Write the end down; to systemd the exit code says whether trying again can help."""
+        text = f"{cause.cause} ({why})" if why else cause.cause
+        self._record = replace(self._record, engine_pid=None, error=text, hint=cause.hint, exit_code=cause.exit_code)
         self._write("failed")
-        if self._echo:
-            _complain(f"error: {diagnosis.cause}\nhint:  {diagnosis.hint}")
-        return diagnosis.exit_code
+        self._notifier.status(text)
+        self._note(f"given up: {text}")
+        if self._manager == "foreground":
+            complain(f"error: {text}\nhint:  {cause.hint}")
+        if self._manager == "systemd":
+            return ExitCode.CONFIG if cause.permanent else ExitCode.FAILURE
+        return cause.exit_code
 
-    def _terminate(self, engine: subprocess.Popen[bytes]) -> None:
+    def _terminate(self, engine: Engine) -> None:
         """TERM the main process and give it time to drain; a second request to stop cuts it short."""
-        self._see_shared_memory(now=True)
-        engine.terminate()
+        engine.signal(signal.SIGTERM)
         self._wait_while(lambda: engine.poll() is None, self._spec.limits.stop_timeout_s)
         if engine.poll() is not None:
-            self._wait_while(lambda: bool(processes.marked(self._record.run_id)), _STRAGGLERS_S)
+            self._wait_while(engine.lives, _STRAGGLERS_S)
 
     def _wait_while(self, going: Callable[[], bool], seconds: float) -> None:
-        asked, deadline = max(self._stops, 1), time.monotonic() + seconds
-        while going() and time.monotonic() < deadline and self._stops <= asked:
-            self._wake.wait(0.05)
-            self._wake.clear()
+        asked, deadline = max(self._stops, 1), self._world.now() + seconds
+        while going() and self._world.now() < deadline and self._stops <= asked:
+            self._notifier.alive()
+            self._world.wait(_PROMPT_S)
 
-    def _clean_up(self) -> tuple[int, ...]:
-        """After this nothing of the run is left, and the log is whole; returns what would not die."""
-        self._see_shared_memory(now=True)
-        survivors = processes.end_run(self._record.run_id, self._segments.ours(), self._record.scratch)
-        self._pump.join(timeout=5.0)
-        self._writer.close()
+    def _clean_up(self, engine: Engine, free_before: Mapping[int, int]) -> tuple[int, ...]:
+        """End all of a run and wait until its GPUs have their memory back; returns what would not die."""
+        survivors = engine.end()
+        held: dict[int, int] = {}
+
+        def still_held() -> bool:
+            nonlocal held
+            now = self._world.free_mib() if free_before else {}
+            missing = {gpu: free - now.get(gpu, free) for gpu, free in free_before.items()}
+            held = {gpu: mib for gpu, mib in missing.items() if mib > _GPU_TOLERANCE_MIB}
+            return bool(held)
+
+        self._wait_while(still_held, _GPU_S)
+        if survivors:
+            self._note(causes.will_not_die(survivors).cause)
+        for gpu, mib in held.items():
+            self._note(f"GPU {gpu} has {mib} MiB less free memory than before the start: see nvidia-smi")
         return survivors
 
     # record
 
+    def _note(self, text: str) -> None:
+        self._world.note(text)
+
     def _write(self, phase: Phase, detail: str = "") -> None:
-        """Record a change; an unchanged record is not written again."""
-        since = time.time() if phase != self._record.phase else self._record.since
-        self._record = record = replace(self._record, phase=phase, since=since, detail=detail)
-        if record != self._written and self._keep(lambda: self._files.write_record(record)):
-            self._written = record
+        """Record a change, or a record that somebody damaged; one that is true is not written again.
 
-    def _keep(self, write: Callable[[], None]) -> bool:
-        """Write to disk if it can be done: a full disk must not end a healthy service.
-
-        Where it cannot, we say so and try again at the next change or tick.
+        A full disk must not end a healthy service: where it cannot be written we say so and try
+        again at the next tick.
         """
+        since = self._world.unix() if phase != self._record.phase else self._record.since
+        self._record = record = replace(self._record, phase=phase, since=since, detail=detail)
+        if detail:
+            self._notifier.status(detail)
+        if self._written == (record, self._files.record_stamp()):
+            return
         try:
-            write()
+            self._files.write_record(record)
         except ConfigError as error:
-            _complain(f"warning: {error.message}")
-            return False
-        return True
+            if self._written is not None:
+                complain(f"warning: {error.message}")
+            self._written = None
+        else:
+            self._written = (record, self._files.record_stamp())
 
 
-def _secret(path: Path) -> str:
-    """A secret's value. Raises ConfigError for a missing or empty one: never run unprotected."""
-    try:
-        value = path.read_text().strip()
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read the key in {path}: {error.strerror}", hint="serve again with the key"
-        ) from error
-    if not value:
-        raise ConfigError(f"{path} is empty", hint="serve again with the key")
-    return value
-
-
-def _cannot_start(error: OSError | ConfigError) -> Diagnosis:
-    if isinstance(error, ConfigError):
-        return Diagnosis(error.message, error.hint, ExitCode.CONFIG)
-    return Diagnosis(f"the engine cannot be started: {error}", "mdeploy engines ls", ExitCode.CONFIG)
-
-
-def _will_not_die(pids: Sequence[int]) -> Diagnosis:
-    which = " ".join(map(str, pids))
-    return Diagnosis(f"processes {which} do not die", "they hang in the kernel: see dmesg", ExitCode.NOT_READY)
-
-
-def _complain(text: str) -> None:
+def complain(text: str) -> None:
     """To our stderr, which may lie on the very disk that is full."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)  # noqa: T201
-
-
-def _echo(line: bytes) -> None:
-    """To our stdout; a reader that left must not stop the service."""
-    try:
-        sys.stdout.buffer.write(line)
-        sys.stdout.buffer.flush()
-    except OSError:
-        return

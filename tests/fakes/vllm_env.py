@@ -21,6 +21,7 @@ def add_cli_args(parser):
     parser.add_argument("--enforce-eager")
     parser.add_argument("--enable-log-requests")
     parser.add_argument("--load-format")
+    parser.add_argument("--shutdown-timeout")
     parser.add_argument("--disable-access-log-for-endpoints")
 """
 
@@ -45,6 +46,7 @@ def log(text):
 
 class Api(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    tokens = 0
     def answer(self, status, document):
         body = json.dumps(document).encode()
         self.send_response(status)
@@ -57,21 +59,49 @@ class Api(http.server.BaseHTTPRequestHandler):
         if sick:
             with open(note, "a") as file:
                 file.write("asked\n")
+        if self.path == "/metrics":
+            return self.metrics()
         self.answer(503 if sick else 200, {})
+    def metrics(self):
+        busy = os.environ.get("FAKE_VLLM_BUSY", "/nonexistent")
+        if os.path.exists(busy):
+            Api.tokens += 1
+            with open(busy, "a") as file:
+                file.write("worked\n")
+        body = ("vllm:generation_tokens_total{engine=\"0\"} %d\n" % Api.tokens).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
     def do_POST(self):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        key = os.environ.get("VLLM_API_KEY")
-        if key and self.headers.get("Authorization") != "Bearer " + key:
+        if KEYS and self.headers.get("Authorization", "").removeprefix("Bearer ") not in KEYS:
             return self.answer(401, {"error": {"message": "Unauthorized"}})
         if MODE == "refuses":
             return self.answer(404, {"error": {"message": "The model does not exist."}})
         if MODE == "never-answers":
             return self.answer(500, {"error": {"message": "EngineCore encountered an issue"}})
+        while os.path.exists(os.environ.get("FAKE_VLLM_HUNG", "/nonexistent")):
+            time.sleep(0.05)
+        Api.tokens += 1
         self.answer(200, {"choices": [{"text": "!"}]})
     def log_message(self, *args):
         pass
 
 MODE = os.environ.get("FAKE_VLLM_MODE", "ok")
+KEYS = {os.environ["VLLM_API_KEY"]} if os.environ.get("VLLM_API_KEY") else set()
+if KEYS & {os.environ.get("FAKE_VLLM_REFUSES_KEY")}:
+    sys.exit("ValueError: this key is refused")
+
+def reload(*_):
+    """What an engine that can have several keys does at SIGHUP; vLLM has no such thing."""
+    if os.environ.get("FAKE_VLLM_KEYS"):
+        with open(os.environ["FAKE_VLLM_KEYS"]) as file:
+            KEYS.clear()
+            KEYS.update(file.read().split())
+    if os.environ.get("FAKE_VLLM_RELOADED"):
+        open(os.environ["FAKE_VLLM_RELOADED"], "w").close()
+
 parser = argparse.ArgumentParser()
 parser.add_argument("command")
 parser.add_argument("model")
@@ -91,6 +121,8 @@ if MODE == "bad-config":
     print("  Value error, the quantization method awx is not supported [type=value_error]", flush=True)
     sys.exit(1)
 log("Starting to load model")
+while os.path.exists(os.environ.get("FAKE_VLLM_LOADS", "/nonexistent")):  # as long as the file is there
+    time.sleep(0.05)
 if os.environ.get("FAKE_VLLM_MAPS"):
     with open(os.environ["FAKE_VLLM_MAPS"], "r+b") as shared:
         mapped = mmap.mmap(shared.fileno(), 0)
@@ -103,6 +135,8 @@ else:
         os.kill(core.pid, signal.SIGKILL)
         os._exit(0)
     signal.signal(signal.SIGTERM, stop)
+if os.environ.get("FAKE_VLLM_RELOADED") or os.environ.get("FAKE_VLLM_KEYS"):
+    signal.signal(signal.SIGHUP, reload)
 server = http.server.ThreadingHTTPServer((options.host, options.port), Api)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 log("Application startup complete.")

@@ -17,7 +17,6 @@ import pytest
 
 from mdeploy.paths import Paths
 from mdeploy.supervise import processes
-from mdeploy.supervise.logs import LogWriter
 from mdeploy.supervise.state import ServiceFiles
 from tests.support import free_port, mdeploy, processes_with, ps, running, tiny_model, until
 
@@ -203,20 +202,6 @@ def test_a_full_disk_does_not_end_a_healthy_service(home: Path, model: Path, tmp
         assert mdeploy("stop", "s").code == 0
     finally:
         subprocess.run(["umount", "-l", str(home / "services")], check=True)
-
-
-def test_a_log_that_cannot_be_rotated_loses_lines_and_nothing_else(tmp_path: Path) -> None:
-    directory = tmp_path / "d"
-    directory.mkdir()
-    writer = LogWriter(directory / "log", limit=10)
-    writer.write(b"0123456789\n")
-    shutil.rmtree(directory)
-    for _ in range(3):
-        writer.write(b"lost\n")
-    directory.mkdir()
-    writer.write(b"kept\n")
-    writer.close()
-    assert (directory / "log").read_bytes() == b"kept\n"
 
 
 def test_a_machine_without_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,14 +68,49 @@ def _victim(home: Path, which: str) -> int:
     return int({"core": _core(home), "engine": state["engine_pid"], "supervisor": state["pid"]}[which])
 
 
+def _respec(home: Path, restart: str = "on-failure", **limits: float) -> None:
+    """What a service is started with from now on."""
+    path = home / "services/s/spec.json"
+    spec = json.loads(path.read_text())
+    spec["restart"] = restart
+    spec["limits"].update(limits)
+    path.write_text(json.dumps(spec))
+
+
+def _is_back(home: Path, old_run: str) -> bool:
+    service, now = ps("s") or {}, _state(home)
+    return bool(service["phase"] == "ready" and now["run_id"] != old_run)
+
+
 @pytest.mark.parametrize("which", ["core", "engine", "supervisor"])
-def test_kill_9_is_seen_and_cleared(home: Path, model: Path, which: str) -> None:
+def test_kill_9_is_mended(home: Path, model: Path, which: str) -> None:
     before, port = _shm(), free_port()
     assert _serve(model, "--port", str(port)).code == 0
+    run = _state(home)["run_id"]
+    os.kill(_victim(home, which), signal.SIGKILL)
+    until(lambda: _is_back(home, run), what="ready again")
+    assert processes_with(f"MDEPLOY_RUN_ID={run}") == []
+    assert len(_shm() - before) == 1
+    assert ((ps("s") or {})["restarts"], (ps("s") or {})["error"]) == (1, None)
+    assert "starting again in 1 s" in (home / "services/s/log").read_text()
+    assert mdeploy("stop", "s").code == 0
+    assert _left(home) == []
+    assert processes_with(f"MDEPLOY_HOME={home}") == []
+    assert not listens(port)
+    assert _shm() == before
+
+
+@pytest.mark.parametrize("which", ["core", "engine", "supervisor"])
+def test_kill_9_of_a_service_that_is_never_restarted(home: Path, model: Path, which: str) -> None:
+    before, port = _shm(), free_port()
+    assert _serve(model, "--port", str(port)).code == 0
+    _respec(home, "never")
+    assert mdeploy("restart", "s").code == 0
     os.kill(_victim(home, which), signal.SIGKILL)
     failed = until(lambda: (s := ps("s")) and s["phase"] == "failed" and s, 5, "ps tells of the death")
     assert failed["pid"] is None
     assert failed["error"]
+    until(lambda: not _left(home) and _shm() == before, what="it is cleared without being asked")
     assert mdeploy("stop", "s").code == 0
     assert _left(home) == []
     assert not listens(port)
@@ -127,12 +162,126 @@ def test_an_engine_that_is_healthy_but_never_answers_is_not_ready(home: Path, mo
     assert _left(home) == []
 
 
+def test_a_guard_that_is_killed_is_replaced(home: Path, model: Path) -> None:
+    assert _serve(model).code == 0
+    state = _state(home)
+    guards = _guards(home)
+    assert len(guards) == 1
+    os.kill(guards[0], signal.SIGSTOP)
+    until(lambda: ") S " in Path(f"/proc/{guards[0]}/stat").read_text(), what="a stopped one is woken")
+    os.kill(guards[0], signal.SIGKILL)
+    until(lambda: (now := _guards(home)) and now != guards, what="another guard")
+    assert (_state(home)["pid"], _state(home)["run_id"]) == (state["pid"], state["run_id"])
+    os.kill(state["pid"], signal.SIGKILL)
+    until(lambda: _is_back(home, state["run_id"]), what="ready again")
+
+
+def _guards(home: Path) -> list[int]:
+    ours = processes_with(f"MDEPLOY_HOME={home}")
+    return [pid for pid in ours if "guard.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+def test_everything_killed_at_once(home: Path, model: Path) -> None:
+    """Nobody is left to mend it; what there is to see is true, and the next command clears it."""
+    before = _shm()
+    assert _serve(model).code == 0
+    for pid in processes_with(f"MDEPLOY_HOME={home}"):
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: (ps("s") or {})["phase"] == "failed", 5)
+    assert mdeploy("restart", "s").code == 0
+    assert mdeploy("stop", "s").code == 0
+    assert _shm() == before
+
+
+def test_a_torn_record_is_written_again(home: Path, model: Path) -> None:
+    assert _serve(model).code == 0
+    record = home / "services/s/state.json"
+    whole = record.read_bytes()
+    for damage in (whole[: len(whole) // 2], b"", b"\0" * 100):
+        record.write_bytes(damage)
+        until(lambda: record.read_bytes() == whole, what="the record is whole again")
+
+
+def test_a_hung_engine_is_replaced(home: Path, model: Path) -> None:
+    """Its API server still says 200: what hangs is the core behind it."""
+    assert _serve(model).code == 0
+    _respec(home, health_interval_s=0.2, health_timeout_s=0.3)
+    assert mdeploy("restart", "s").code == 0
+    run = _state(home)["run_id"]
+    os.kill(_core(home), signal.SIGSTOP)
+    until(lambda: _is_back(home, run), what="ready again")
+    assert "hangs" in (home / "services/s/log").read_text()
+
+
+@pytest.fixture
+def hung(model: Path, home: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A ready service with short deadlines; requests hang while the first file exists, the second says it works."""
+    files = {"FAKE_VLLM_HUNG": tmp_path / "hung", "FAKE_VLLM_BUSY": tmp_path / "busy"}
+    env = {name: str(path) for name, path in files.items()}
+    assert _serve(model, **env).code == 0
+    _respec(home, health_interval_s=0.1, answer_interval_s=0.2, hang_timeout_s=1)
+    assert mdeploy("restart", "s", **env).code == 0  # type: ignore[arg-type]
+    return files["FAKE_VLLM_HUNG"], files["FAKE_VLLM_BUSY"]
+
+
+def test_an_engine_that_is_healthy_and_answers_nothing_is_replaced(home: Path, hung: tuple[Path, Path]) -> None:
+    run = _state(home)["run_id"]
+    hung[0].touch()
+    until(lambda: "no request got on" in (home / "services/s/log").read_text(), what="the hang is seen")
+    hung[0].unlink()
+    until(lambda: _is_back(home, run), what="ready again")
+
+
+def test_an_engine_that_is_busy_with_others_is_left_alone(home: Path, hung: tuple[Path, Path]) -> None:
+    """The same silence towards us, but its counters of work move."""
+    stuck, busy = hung
+    run = _state(home)["run_id"]
+    busy.touch()
+    stuck.touch()
+    until(lambda: busy.read_text().count("worked") > 40, what="four times as long as a hang would have lasted")
+    assert ((ps("s") or {})["phase"], _state(home)["run_id"]) == ("ready", run)
+    busy.unlink()
+    until(lambda: _state(home)["run_id"] != run, what="and now it hangs")
+    stuck.unlink()
+
+
+def test_a_slow_engine_is_left_alone(home: Path, model: Path) -> None:
+    """A process that was stopped and goes on in time was slow, not hung."""
+    assert _serve(model).code == 0
+    run = _state(home)["run_id"]
+    core = _core(home)
+    os.kill(core, signal.SIGSTOP)
+    until(lambda: (ps("s") or {})["phase"] == "unhealthy", 5, "ps tells of it")
+    os.kill(core, signal.SIGCONT)
+    until(lambda: (ps("s") or {})["phase"] == "ready")
+    assert _state(home)["run_id"] == run
+
+
+def test_a_stopped_supervisor_can_be_told_to_stop(home: Path, model: Path) -> None:
+    assert _serve(model).code == 0
+    os.kill(_state(home)["pid"], signal.SIGSTOP)
+    assert mdeploy("stop", "s").code == 0
+    assert processes_with(f"MDEPLOY_HOME={home}") == []
+
+
+def test_hang_up_reloads_where_the_engine_can(home: Path, model: Path, tmp_path: Path) -> None:
+    note = tmp_path / "reloaded"
+    assert _serve(model, FAKE_VLLM_RELOADED=str(note)).code == 0
+    os.kill(_state(home)["pid"], signal.SIGHUP)
+    until(lambda: "cannot reload" in (home / "services/s/log").read_text())
+    assert not note.exists()
+    path = home / "services/s/spec.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "reloads": True}))
+    assert mdeploy("restart", "s", FAKE_VLLM_RELOADED=str(note)).code == 0
+    run = _state(home)["run_id"]
+    os.kill(_state(home)["pid"], signal.SIGHUP)
+    until(note.exists, what="the engine has seen it")
+    assert ((ps("s") or {})["phase"], _state(home)["run_id"]) == ("ready", run)
+
+
 def test_an_engine_that_ignores_term_is_killed(home: Path, model: Path) -> None:
     assert _serve(model, FAKE_VLLM_MODE="ignores-term").code == 0
-    spec = home / "services/s/spec.json"
-    document = json.loads(spec.read_text())
-    document["limits"]["stop_timeout_s"] = 1
-    spec.write_text(json.dumps(document))
+    _respec(home, stop_timeout_s=1)
     assert mdeploy("restart", "s", FAKE_VLLM_MODE="ignores-term").code == 0
     assert mdeploy("stop", "s").code == 0
     assert _left(home) == []
@@ -202,6 +351,8 @@ def test_logs_tail_and_follow_until_the_end(home: Path, model: Path) -> None:
     assert _serve(model).code == 0
     assert mdeploy("logs", "s", "-n", "1").stdout.endswith("Application startup complete.\n")
     command = [sys.executable, "-m", "mdeploy", "logs", "s", "-f"]
+    _respec(home, "never")
+    assert mdeploy("restart", "s").code == 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
         os.kill(_core(home), signal.SIGKILL)
         out, _ = follower.communicate(timeout=30)
