@@ -20,12 +20,13 @@ def register(app: typer.Typer) -> None:
 def ps(as_json: options.JsonFlag = False) -> None:
     """List services and what is true of them.
 
-    A phase is starting, ready, unhealthy, stopping, stopped or failed.
+    A phase is starting, ready, unhealthy, stopping, stopped or failed. Services that systemd runs for
+    other homes are listed too, where you may see them.
     """
-    from mdeploy import settings
-    from mdeploy.supervise import state
+    from mdeploy import dispatch, settings
 
-    found = state.listing(settings.load().paths)
+    paths = settings.load().paths
+    found = (*dispatch.listing(paths), *dispatch.listing_of_others(paths))
     output.emit({"services": [row(s) for s in found]}, as_json=as_json, human=lambda: _table(found))
 
 
@@ -44,6 +45,7 @@ def row(status: ServiceStatus) -> dict[str, Any]:
         "since": status.since,
         "restarts": status.restarts,
         "error": status.error,
+        "manager": status.manager,
     }
 
 
@@ -53,9 +55,10 @@ def _table(found: tuple[ServiceStatus, ...]) -> str:
     import time
 
     now = time.time()
-    rows = [
-        (s.spec.name, s.spec.kind, s.phase, output.human_seconds(max(0.0, now - s.since)), s.spec.url, s.spec.model)
-        for s in found
-    ]
+    rows = [(*_cells(s), output.human_seconds(max(0.0, now - s.since)), s.spec.url, s.spec.model) for s in found]
     notes = [f"{s.spec.name}: {s.error or s.detail}" for s in found if s.error or (s.phase != "ready" and s.detail)]
-    return "\n".join([output.table(("NAME", "KIND", "PHASE", "SINCE", "URL", "MODEL"), rows), *notes])
+    return "\n".join([output.table(("NAME", "KIND", "PHASE", "MANAGER", "SINCE", "URL", "MODEL"), rows), *notes])
+
+
+def _cells(status: ServiceStatus) -> tuple[str, str, str, str]:
+    return (status.spec.name, status.spec.kind, status.phase, status.manager or "-")

@@ -26,7 +26,8 @@ def register(app: typer.Typer) -> None:
 def stop(names: Names = None, everything: All = False) -> None:
     """Stop services; nothing of them stays.
 
-    No process, no port, no shared memory. Stopping what does not run is no error.
+    No process, no port, no shared memory. Stopping what does not run is no error. A service that is
+    installed as a unit starts again at the next boot.
     """
     from mdeploy import services, settings
 
@@ -35,6 +36,8 @@ def stop(names: Names = None, everything: All = False) -> None:
     def one(name: str) -> None:
         was_running = services.stop_service(loaded, name)
         output.say(f"{name} stopped" if was_running else f"{name} was not running")
+        if services.starts_at_boot(loaded, name):
+            output.say(f"it starts again at the next boot; to change that: mdeploy uninstall-systemd {name}")
 
     _each(_chosen(names, everything, lambda: [s.spec.name for s in services.list_services(loaded)]), one)
 
@@ -42,7 +45,7 @@ def stop(names: Names = None, everything: All = False) -> None:
 def restart(names: Names = None, everything: All = False, as_json: options.JsonFlag = False) -> None:
     """Stop services and start them again.
 
-    They start as they were, in the background.
+    They start as they were, in the background or under systemd.
     """
     from mdeploy import services, settings
     from mdeploy.cli.ps import row
