@@ -1,22 +1,28 @@
-"""From what a user named to a spec that can run: model, engine, plan, port, key."""
+"""From what a user asked for to a spec that can run: model, engine, key, plan, port.
+
+Two steps, so that many services can be checked before any of them is touched: `draft` looks up all
+that is quick, `place` chooses devices and a port beside the neighbours.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import ipaddress
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdeploy import gpus, recipes
+from mdeploy import credentials, gpus, reservations, resolve
+from mdeploy.credentials import KEY_VARIABLE as KEY_VARIABLE
+from mdeploy.credentials import Key
 from mdeploy.engines import store as engine_store
-from mdeploy.errors import ConfigError, NotFoundError, UsageError
+from mdeploy.errors import ConfigError, UsageError
 from mdeploy.llm import command, facts, plan
 from mdeploy.paths import Paths, expand
+from mdeploy.reservations import Neighbours
+from mdeploy.resolve import Model, Wanted
 from mdeploy.settings import Settings
 from mdeploy.specs import (
     Engine,
@@ -27,7 +33,7 @@ from mdeploy.specs import (
     ModelFacts,
     ModelRef,
     Probe,
-    Recipe,
+    RestartPolicy,
     Say,
     ServiceSpec,
 )
@@ -38,39 +44,50 @@ from mdeploy.supervise.state import ServiceFiles
 if TYPE_CHECKING:
     from mdeploy.hub.client import Progress
 
-FIRST_PORT = 8000
-_PORTS = 100
-KEY_VARIABLE = "VLLM_API_KEY"
 _UNKNOWN_FACTS = ModelFacts("unknown", "auto", 0, None, None, None, None, None, chat_template=False)
+_SECRET_NAME = re.compile("KEY|TOKEN|SECRET|PASSWORD")
 
 
 @dataclass(frozen=True, slots=True)
 class LlmRequest:
-    """What `serve llm` was asked, before anything is looked up."""
+    """What an LLM service shall be, before anything is looked up.
 
-    model: str
-    wish: LlmOptions
+    `key` says where its API key comes from (see credentials.find), None leaves it to the settings.
+    """
+
+    wanted: Wanted
+    wish: LlmOptions = field(default_factory=LlmOptions)
     name: str | None = None
     host: str | None = None
     port: int | None = None
     insecure: bool = False
     engine: str | None = None
-    revision: str | None = None
-    start_timeout_s: float | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
+    restart: RestartPolicy = "on-failure"
+    depends_on: tuple[str, ...] = ()
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class _Model:
-    """A model argument, understood: where it is or would be, and what clients call it."""
+class Draft:
+    """A request with everything looked up that is quick to find and quick to refuse."""
 
-    source: str
-    ref: ModelRef | None
-    directory: Path | None
-    recipe: Recipe | None
+    request: LlmRequest
+    name: str
+    host: str
+    model: Model
+    engine: Engine
+    extra: tuple[str, ...]
+    key: Key | None
 
-    @property
-    def title(self) -> str:
-        return self.ref.id if self.ref else Path(self.source).resolve().name
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Where a model lies, and what its checkpoint says of itself."""
+
+    directory: Path
+    facts: ModelFacts
 
 
 def prepare_llm(
@@ -79,115 +96,94 @@ def prepare_llm(
     """Everything between a command line and a spec: look up, check, download, plan, render, save.
 
     What is quick to refuse is refused before a download. With `dry_run` nothing is fetched or
-    written, and a model that is not there is planned without its facts.
+    written, and a model that is not there is planned without its facts. The service's GPUs and
+    port stay claimed for as long as this process lives.
     """
-    model = _understand(settings, request)
-    name = state.check_name(request.name or _name_of(model.title))
-    host = request.host or settings.require("host")
-    _check_exposure(host, settings, request.insecure)
-    engine = engine_store.find(settings.paths.engines, request.engine or settings.get("engine"), _has_gpu)
-    extra = (*(model.recipe.args if model.recipe else ()), *request.wish.extra)
-    command.check_extra(extra, command.known_flags(engine.python), engine.version)
-    _check_environment(model.recipe)
-    if request.start_timeout_s is not None and not 1 <= request.start_timeout_s < float("inf"):
-        raise UsageError(f"--start-timeout {request.start_timeout_s}: a number of seconds, at least 1")
-    asked = _asked_port(settings, request.port)
-    files = ServiceFiles(settings.paths, name)
+    asked = draft(settings, request)
+    files = ServiceFiles(settings.paths, asked.name)
     if not dry_run:
-        _check_free(files, host, asked)
-    directory = _local(settings, model, dry_run, progress, say)
-    weights = not command.loads_no_weights(extra)
-    known = facts.read(directory, weights=weights) if directory.exists() else _UNKNOWN_FACTS
-    chosen = _plan(engine, known, request.wish, model.recipe)
-
-    def render(port: int) -> ServiceSpec:
-        names = tuple(n for n in dict.fromkeys((model.title, name)) if not n.startswith("-"))
-        argv = command.argv(engine, directory, names, host, port, chosen, extra)
-        return _spec(settings, name, model, argv, chosen, host, port, request.start_timeout_s)
-
+        _check_free(files, asked.host, request.port)
+    weights = fetch(settings, asked, dry_run=dry_run, progress=progress, say=say)
+    if asked.key and asked.key.is_kept:
+        say(f"{asked.name} asks for the key it has; without one: mdeploy keys rm {asked.name}")
     if dry_run:
-        return render(asked or _free_port(settings.paths, name, host))
-    with _ports_locked(settings.paths):
-        spec = render(asked or _free_port(settings.paths, name, host))
-        _save(settings, files, spec)
+        return place(settings, asked, weights, reservations.neighbours(settings.paths, [asked.name]))
+    with reservations.locked(settings.paths):
+        spec = place(settings, asked, weights, reservations.neighbours(settings.paths, [asked.name]))
+        reservations.claim(settings.paths, spec)
+        save(settings, spec, asked.key)
     return spec
 
 
-def _check_environment(recipe: Recipe | None) -> None:
-    """A recipe is a public file: a key in it would be in the spec and in every dry run too."""
-    secret = sorted(name for name in (recipe.env if recipe else {}) if re.search("KEY|TOKEN|SECRET|PASSWORD", name))
-    if recipe and secret:
-        raise ConfigError(
-            f"the recipe of {recipe.model} sets {', '.join(secret)}: secrets do not belong in recipes",
-            hint="export MDEPLOY_API_KEY instead",
-        )
+def draft(settings: Settings, request: LlmRequest) -> Draft:
+    """Look everything up that needs no download. Raises what is wrong with the request."""
+    model = resolve.understand(settings.paths, request.wanted)
+    name = state.check_name(request.name or resolve.name_of(model.title))
+    host = request.host or settings.require("host")
+    key = credentials.find(settings, name, request.key, request.wanted.base or Path.cwd())
+    _check_exposure(host, has_key=key is not None, insecure=request.insecure)
+    engine = engine_store.find(settings.paths.engines, request.engine or settings.get("engine"), _has_gpu)
+    extra = (*(model.recipe.args if model.recipe else ()), *request.wish.extra)
+    command.check_extra(extra, command.known_flags(engine.python), engine.version)
+    if model.recipe:
+        _check_environment(f"the recipe of {model.recipe.model}", model.recipe.env)
+    _check_limits(request.limits)
+    return Draft(request, name, host, model, engine, extra, key)
 
 
-def _check_free(files: ServiceFiles, host: str, port: int | None) -> None:
-    if files.is_supervised():
-        raise state.already_running(files.name)
-    if port is not None:
-        check_port(host, port)
+def fetch(settings: Settings, asked: Draft, *, dry_run: bool, progress: Progress | None, say: Say) -> Weights:
+    """The model on this disk, downloaded where it is not; with `dry_run` only said to be missing."""
+    directory, ref = directory_of(settings, asked.model), asked.model.ref
+    if asked.model.directory is None and ref and not _is_here(settings, ref):
+        if dry_run:
+            say(f"{ref} is not downloaded yet; a real run would fetch it first")
+        else:
+            say(f"{ref} is not here yet: downloading")
+            directory = Path(download(settings, ref, progress=progress).path)
+    if not directory.exists():
+        return Weights(directory, _UNKNOWN_FACTS)
+    return Weights(directory, facts.read(directory, weights=not command.loads_no_weights(asked.extra)))
 
 
-def _understand(settings: Settings, request: LlmRequest) -> _Model:
-    from mdeploy.hub import refs
+def directory_of(settings: Settings, model: Model) -> Path:
+    """Where a model is, or would be once it is downloaded."""
+    if model.directory is not None:
+        return model.directory
+    from mdeploy.hub import store
 
-    text = request.model
-    where = recipes.directories(settings.paths, Path.cwd())
-    if text.endswith((".yaml", ".yml")):
-        own = recipes.load(Path(text))
-        return _Model(text, refs.parse(own.model, request.revision or own.revision), None, own)
-    path = expand(text)
-    if text.startswith((".", "/", "~")) or path.is_dir():
-        if not path.exists():
-            raise NotFoundError(f"no directory {text}", hint="give a model directory, or a hub id owner/name")
-        path = path.resolve()
-        return _Model(text, None, path, recipes.find(f"{path.parent.name}/{path.name}", where))
-    recipe = recipes.find(text.partition("@")[0], where)
-    if recipe is None:
-        if "/" not in text:
-            raise UsageError(f"{text!r} is no hub id, directory or recipe", hint="a hub id looks like owner/name")
-        return _Model(text, refs.parse(text, request.revision), None, None)
-    revision = request.revision or text.partition("@")[2] or recipe.revision
-    return _Model(text, refs.parse(recipe.model, revision), None, recipe)
+    assert model.ref is not None
+    cache = expand(settings.require("cache_dir"))
+    return store.locate(model.ref, cache) or store.snapshot_dir(model.ref, cache)
 
 
-def _name_of(title: str) -> str:
-    base = title.rsplit("/", 1)[-1].lower()
-    return re.sub(r"[^a-z0-9._-]+", "-", base).strip("-._")[:63] or "llm"
+def _is_here(settings: Settings, ref: ModelRef) -> bool:
+    from mdeploy.hub import store
+
+    return store.locate(ref, expand(settings.require("cache_dir"))) is not None
 
 
-def _check_exposure(host: str, settings: Settings, insecure: bool) -> None:
-    if insecure or _is_loopback(host) or _has_key(settings):
-        return
-    raise UsageError(
-        f"{host} can be reached from other machines, and no API key is set",
-        hint="export MDEPLOY_API_KEY=…, or keep --host 127.0.0.1, or say --insecure",
-    )
+def place(
+    settings: Settings, asked: Draft, weights: Weights, others: Neighbours, before: ServiceSpec | None = None
+) -> ServiceSpec:
+    """The spec of a service beside its neighbours; what nobody named stays as it was `before`, where it can.
+
+    Raises DoesNotFitError without GPUs that nobody has, ConfigError without a port.
+    """
+    chosen = _plan(asked, weights.facts, others, reservations.gpus_of(before) if before else ())
+    port = asked.request.port or _port(settings.paths, asked, others, before)
+    return _spec(settings, asked, weights.directory, chosen, port)
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def save(settings: Settings, spec: ServiceSpec, key: Key | None) -> None:
+    """Write a spec and its key down, so that `mdeploy run NAME` has all it needs; never under a running service."""
+    files = ServiceFiles(settings.paths, spec.name)
+    with files.locked():
+        credentials.keep(settings.paths, spec.name, key)
+        files.write_spec(spec)
 
 
-def _has_key(settings: Settings) -> bool:
-    key = settings.get("api_key")
-    if key and not re.fullmatch(r"[!-~]+", key):
-        raise UsageError("the API key must be printable ASCII without blanks", hint="set MDEPLOY_API_KEY to another")
-    return bool(key)
-
-
-def _has_gpu() -> bool:
-    return bool(gpus.probe())
-
-
-def _asked_port(settings: Settings, flag: int | None) -> int | None:
+def asked_port(settings: Settings, flag: int | None) -> int | None:
+    """The port a user named, by flag or setting. Raises UsageError for what is none."""
     text = settings.get("port")
     try:
         port = flag if flag is not None else int(text) if text else None
@@ -198,47 +194,9 @@ def _asked_port(settings: Settings, flag: int | None) -> int | None:
     return port
 
 
-def _free_port(paths: Paths, name: str, host: str) -> int:
-    """The first port from 8000 that can be bound and that no other service has, running or stopped.
-
-    Raises ConfigError where the address is not ours, or all are taken.
-    """
-    taken = {s.spec.port for s in state.listing(paths) if s.spec.name != name}
-    problem = ConfigError(f"ports {FIRST_PORT} to {FIRST_PORT + _PORTS - 1} belong to services", hint="name a --port")
-    for port in range(FIRST_PORT, FIRST_PORT + _PORTS):
-        if port not in taken:
-            try:
-                check_port(host, port)
-                return port
-            except ConfigError as error:
-                problem = error
-    raise problem
-
-
-@contextlib.contextmanager
-def _ports_locked(paths: Paths) -> Iterator[None]:
-    """One process at a time chooses a port and writes it down: engines bind theirs seconds later."""
-    state.make_private(paths.services)
-    with (paths.services / ".ports").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _local(settings: Settings, model: _Model, dry_run: bool, progress: Progress | None, say: Say) -> Path:
-    if model.directory is not None:
-        return model.directory
-    from mdeploy.hub import store
-
-    assert model.ref is not None
-    cache = expand(settings.require("cache_dir"))
-    found = store.locate(model.ref, cache)
-    if found is not None:
-        return found
-    if dry_run:
-        say(f"{model.ref} is not downloaded yet; a real run would fetch it first")
-        return store.snapshot_dir(model.ref, cache)
-    say(f"{model.ref} is not here yet: downloading")
-    return Path(download(settings, model.ref, progress=progress).path)
+def secret_names(env: Mapping[str, str]) -> list[str]:
+    """Variables whose names say that they hold a secret: those do not belong in files that are handed around."""
+    return sorted(name for name in env if _SECRET_NAME.search(name.upper()))
 
 
 def download(
@@ -257,56 +215,92 @@ def download(
     )
 
 
-def _plan(engine: Engine, known: ModelFacts, wish: LlmOptions, recipe: Recipe | None) -> GpuPlan:
-    if engine.variant == "cuda":
-        allowed = gpus.visible(gpus.probe(), None if wish.gpus else os.environ.get("CUDA_VISIBLE_DEVICES"))
-        return plan.plan_cuda(known, wish, recipe, allowed)
-    import psutil
+def _check_environment(whose: str, env: Mapping[str, str]) -> None:
+    """A recipe is a public file: a key in it would be in the spec and in every dry run too."""
+    secret = secret_names(env)
+    if secret:
+        raise ConfigError(
+            f"{whose} sets {', '.join(secret)}: secrets do not belong in recipes",
+            hint="export MDEPLOY_API_KEY instead",
+        )
 
-    cores = len(os.sched_getaffinity(0))
-    return plan.plan_cpu(known, wish, recipe, cores, psutil.virtual_memory().available)
+
+def _check_limits(limits: Limits) -> None:
+    if not 1 <= limits.start_timeout_s < float("inf"):
+        raise UsageError(f"--start-timeout {limits.start_timeout_s}: a number of seconds, at least 1")
+    if not 0 <= limits.stop_timeout_s < float("inf"):
+        raise UsageError(f"--drain {limits.stop_timeout_s}: a number of seconds, at least 0")
 
 
-def _spec(
-    settings: Settings,
-    name: str,
-    model: _Model,
-    argv: tuple[str, ...],
-    chosen: GpuPlan,
-    host: str,
-    port: int,
-    start_timeout_s: float | None,
-) -> ServiceSpec:
-    has_key = _has_key(settings)
-    body = {"model": name, "prompt": "Hi", "max_tokens": 1, "temperature": 0}
-    return ServiceSpec(
-        name=name,
-        kind="llm",
-        argv=argv,
-        env={**command.environment(chosen), **(model.recipe.env if model.recipe else {})},
-        cwd=str(settings.paths.service(name)),
-        host=host,
-        port=port,
-        probe=Probe("/health", "/v1/completions", body, bearer=KEY_VARIABLE if has_key else None),
-        model=name if model.title.startswith("-") else model.title,
-        source=model.source,
-        plan=chosen,
-        secrets={KEY_VARIABLE: str(_secret(settings.paths, name))} if has_key else {},
-        limits=Limits() if start_timeout_s is None else Limits(start_timeout_s=start_timeout_s),
+def _check_free(files: ServiceFiles, host: str, port: int | None) -> None:
+    if files.is_supervised():
+        raise state.already_running(files.name)
+    if port is not None:
+        check_port(host, port)
+
+
+def _check_exposure(host: str, *, has_key: bool, insecure: bool) -> None:
+    if insecure or has_key or is_loopback(host):
+        return
+    raise UsageError(
+        f"{host} can be reached from other machines, and no API key is set",
+        hint="export MDEPLOY_API_KEY=…, or keep --host 127.0.0.1, or say --insecure",
     )
 
 
-def _secret(paths: Paths, name: str) -> Path:
-    return paths.secrets / f"{name}.api-key"
+def is_loopback(host: str) -> bool:
+    """True for an address that only this machine reaches."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
-def _save(settings: Settings, files: ServiceFiles, spec: ServiceSpec) -> None:
-    """Write a spec and its key down, so that `mdeploy run NAME` has all it needs; never under a running service."""
-    key, secret = settings.get("api_key"), _secret(settings.paths, spec.name)
-    with files.locked():
-        if key:
-            state.make_private(secret.parent)
-            state.write_atomically(secret, key.encode())
-        else:
-            secret.unlink(missing_ok=True)
-        files.write_spec(spec)
+def _has_gpu() -> bool:
+    return bool(gpus.probe())
+
+
+def _port(paths: Paths, asked: Draft, others: Neighbours, before: ServiceSpec | None) -> int:
+    if before and before.port not in others.ports:
+        runs = ServiceFiles(paths, asked.name).is_supervised()
+        if runs or reservations.can_listen(asked.host, before.port):
+            return before.port
+    return reservations.free_port(asked.host, others)
+
+
+def _plan(asked: Draft, known: ModelFacts, others: Neighbours, before: tuple[int, ...]) -> GpuPlan:
+    wish, recipe = asked.request.wish, asked.model.recipe
+    if asked.engine.variant == "cuda":
+        allowed = gpus.visible(gpus.probe(), None if wish.gpus else os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return plan.plan_cuda(known, wish, recipe, allowed, others.gpus, before)
+    import psutil
+
+    cores = len(os.sched_getaffinity(0))
+    return plan.plan_cpu(known, wish, recipe, cores, max(0, psutil.virtual_memory().available - others.memory))
+
+
+def _spec(settings: Settings, asked: Draft, directory: Path, chosen: GpuPlan, port: int) -> ServiceSpec:
+    request, model, name = asked.request, asked.model, asked.name
+    names = tuple(n for n in dict.fromkeys((model.title, name)) if not n.startswith("-"))
+    drain_s = request.limits.stop_timeout_s
+    body = {"model": name, "prompt": "Hi", "max_tokens": 1, "temperature": 0}
+    bearer = KEY_VARIABLE if asked.key else None
+    return ServiceSpec(
+        name=name,
+        kind="llm",
+        argv=command.argv(asked.engine, directory, names, asked.host, port, chosen, asked.extra, drain_s),
+        env={**command.environment(chosen), **(model.recipe.env if model.recipe else {}), **request.env},
+        cwd=str(settings.paths.service(name)),
+        host=asked.host,
+        port=port,
+        probe=Probe("/health", "/v1/completions", body, bearer=bearer, work_metrics=command.WORK_METRICS),
+        model=name if model.title.startswith("-") else model.title,
+        source=model.source,
+        plan=chosen,
+        secrets={KEY_VARIABLE: str(credentials.key_file(settings.paths, name))} if asked.key else {},
+        limits=request.limits,
+        restart=request.restart,
+        depends_on=request.depends_on,
+    )

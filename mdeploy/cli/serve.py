@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import time
+from enum import Enum
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -15,8 +16,16 @@ from mdeploy.errors import UsageError
 from mdeploy.recipes import DEFAULT_LLM
 
 if TYPE_CHECKING:
-    from mdeploy.specs import ServiceSpec, ServiceStatus
+    from mdeploy.specs import Limits, ServiceSpec, ServiceStatus
     from mdeploy.supervise.state import ServiceFiles
+
+
+class Restart(str, Enum):
+    """When a supervisor starts its engine again."""
+
+    always = "always"
+    on_failure = "on-failure"
+    never = "never"
 
 
 def register(app: typer.Typer) -> None:
@@ -33,7 +42,9 @@ def llm(
     ] = DEFAULT_LLM,
     name: Annotated[str | None, typer.Option("--name", help="Name of the service. [default: the model's]")] = None,
     tp: Annotated[int | None, typer.Option("--tp", help="GPUs (CPU: processes) that share one copy.")] = None,
-    gpus: Annotated[str | None, typer.Option("--gpus", metavar="0,1", help="GPUs to use. [default: freest]")] = None,
+    gpus: Annotated[
+        str | None, typer.Option("--gpus", metavar="0,1", help="GPUs to use. [default: the freest that no service has]")
+    ] = None,
     host: options.Host = None,
     port: Annotated[int | None, typer.Option("--port", help="Port. [default: the first free one from 8000]")] = None,
     insecure: Annotated[
@@ -52,6 +63,13 @@ def llm(
         float | None,
         typer.Option("--start-timeout", min=1, metavar="S", help="Time to become ready. [default: 1800]"),
     ] = None,
+    drain: Annotated[
+        float | None,
+        typer.Option("--drain", min=0, metavar="S", help="Time a stop leaves requests in flight. [default: 30]"),
+    ] = None,
+    restart: Annotated[
+        Restart, typer.Option("--restart", help="What to do when the engine ends without being asked.")
+    ] = Restart.on_failure,
     detach: Annotated[
         bool, typer.Option("-d", "--detach", help="Go on in the background once it has answered.")
     ] = False,
@@ -61,22 +79,34 @@ def llm(
     """Serve a language model with vLLM, OpenAI's API on top.
 
     A model that is not in the cache is downloaded first. The API key, if any, is taken from
-    MDEPLOY_API_KEY. Runs in the foreground until Ctrl-C unless -d is given. What stands after
-    -- goes to vLLM as it is: mdeploy serve llm -- --max-num-seqs 64
+    MDEPLOY_API_KEY, or is the one the service has already (mdeploy keys). Runs in the foreground
+    until Ctrl-C unless -d is given. What stands after -- goes to vLLM as it is:
+    mdeploy serve llm -- --max-num-seqs 64
     """
     from mdeploy import prepare, services, settings
     from mdeploy.cli.download import progress_bar
+    from mdeploy.resolve import Wanted
     from mdeploy.specs import LlmOptions
 
     if as_json and not (detach or dry_run):
         raise UsageError("--json goes with -d or --dry-run", hint="in the foreground stdout is the engine's log")
     loaded = settings.load()
     wish = LlmOptions(tp, _gpus(gpus), gpu_memory_utilization, max_model_len, dtype, tuple(context.obj or ()))
-    request = prepare.LlmRequest(model, wish, name, host, port, insecure, engine, revision, start_timeout)
+    request = prepare.LlmRequest(
+        Wanted(model, revision),
+        wish,
+        name=name,
+        host=host,
+        port=prepare.asked_port(loaded, port),
+        insecure=insecure,
+        engine=engine,
+        limits=_limits(start_timeout, drain),
+        restart=restart.value,
+    )
     with progress_bar() as bar:
         spec = prepare.prepare_llm(loaded, request, dry_run=dry_run, progress=bar, say=output.say)
     if dry_run:
-        output.emit(_described(spec), as_json=as_json, human=lambda: _rendered(spec))
+        output.emit(described(spec), as_json=as_json, human=lambda: rendered(spec))
         return
     for reason in spec.plan.reasons if spec.plan else ():
         output.say(reason)
@@ -106,6 +136,16 @@ def _foreground(spec: ServiceSpec, files: ServiceFiles) -> NoReturn:
     os.execve(command[0], command, env)
 
 
+def _limits(start_timeout: float | None, drain: float | None) -> Limits:
+    from mdeploy.specs import Limits
+
+    usual = Limits()
+    return Limits(
+        start_timeout_s=usual.start_timeout_s if start_timeout is None else start_timeout,
+        stop_timeout_s=usual.stop_timeout_s if drain is None else drain,
+    )
+
+
 class Progress:
     """Says each step of a start-up once, with the time it was reached."""
 
@@ -121,13 +161,14 @@ class Progress:
             output.say(f"  {time.monotonic() - self._start:5.1f}s  {text}")
 
 
-def _described(spec: ServiceSpec) -> dict[str, object]:
+def described(spec: ServiceSpec) -> dict[str, object]:
+    """A spec as the JSON contract has it, secrets masked."""
     import dataclasses
 
     return {"service": {**dataclasses.asdict(spec), "secrets": dict.fromkeys(spec.secrets, "***")}}
 
 
-def _rendered(spec: ServiceSpec) -> str:
+def rendered(spec: ServiceSpec) -> str:
     """The command as a shell would take it, one flag a line, secrets masked."""
     env = {**spec.env, **dict.fromkeys(spec.secrets, "***")}
     lines = [f"{name}={value if name in spec.secrets else shlex.quote(value)}" for name, value in env.items()]

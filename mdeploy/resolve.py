@@ -1,0 +1,100 @@
+"""What a user named as a model, understood: a hub id, a directory or a recipe, and what clients call it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mdeploy import recipes
+from mdeploy.errors import NotFoundError, UsageError
+from mdeploy.hub import refs
+from mdeploy.paths import Paths, expand
+from mdeploy.specs import ModelRef, Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The words of a user about a model.
+
+    `model` is a hub id, a directory, a recipe (.yaml) or a recipe's name; `recipe` and `source` (a
+    directory with the weights) stand beside it in a file of services. `base` is where relative
+    paths start.
+    """
+
+    model: str
+    revision: str | None = None
+    recipe: str | None = None
+    source: str | None = None
+    base: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model argument, understood: where it is or would be, and what clients call it."""
+
+    source: str
+    ref: ModelRef | None
+    directory: Path | None
+    recipe: Recipe | None
+
+    @property
+    def title(self) -> str:
+        """What clients may call it: the hub id, else the directory's name."""
+        return self.ref.id if self.ref else (self.directory or Path(self.source)).name
+
+
+def understand(paths: Paths, wanted: Wanted) -> Model:
+    """What `wanted` means on this machine, nothing fetched.
+
+    Raises UsageError for what is no model, NotFoundError for a directory or recipe that is not there.
+    """
+    where = recipes.directories(paths, wanted.base or Path.cwd())
+    own = _recipe(wanted.recipe, where, wanted.base) if wanted.recipe else None
+    model = _understand(wanted, where, own)
+    if wanted.source is None:
+        return model
+    weights = _directory(wanted.source, wanted.base)
+    return Model(model.source, model.ref, weights, model.recipe)
+
+
+def _understand(wanted: Wanted, where: tuple[Path, ...], own: Recipe | None) -> Model:
+    text = wanted.model or (own.model if own else "") or (wanted.source or "")
+    if text.endswith((".yaml", ".yml")):
+        own = recipes.load(expand(text, wanted.base))
+        return Model(text, refs.parse(own.model, wanted.revision or own.revision), None, own)
+    has_own_weights = wanted.source is not None and text != wanted.source
+    if not has_own_weights and (text.startswith((".", "/", "~")) or expand(text, wanted.base).is_dir()):
+        path = _directory(text, wanted.base)
+        return Model(text, None, path, own or recipes.find(f"{path.parent.name}/{path.name}", where))
+    name, _, inline = text.partition("@")
+    recipe = own or recipes.find(name, where)
+    if recipe is None:
+        if "/" not in text:
+            raise UsageError(f"{text!r} is no hub id, directory or recipe", hint="a hub id looks like owner/name")
+        return Model(text, refs.parse(text, wanted.revision), None, None)
+    identity = name if own and "/" in name else recipe.model
+    usual = recipe.revision if identity == recipe.model else None
+    return Model(text, refs.parse(identity, wanted.revision or inline or usual), None, recipe)
+
+
+def _recipe(text: str, where: tuple[Path, ...], base: Path | None) -> Recipe:
+    if text.endswith((".yaml", ".yml")):
+        return recipes.load(expand(text, base))
+    found = recipes.find(text, where)
+    if found is None:
+        raise NotFoundError(f"no recipe {text!r}", hint="name its file, or leave it out")
+    return found
+
+
+def _directory(text: str, base: Path | None) -> Path:
+    path = expand(text, base)
+    if not path.exists():
+        raise NotFoundError(f"no directory {text}", hint="give a model directory, or a hub id owner/name")
+    return path.resolve()
+
+
+def name_of(title: str) -> str:
+    """A service name made of a model's title."""
+    base = title.rsplit("/", 1)[-1].lower()
+    return re.sub(r"[^a-z0-9._-]+", "-", base).strip("-._")[:63] or "llm"
