@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import support
-from tests.fakes import vllm_env
+from tests.fakes import nvidia_smi, vllm_env
 
 _FOREIGN = ("MODELSCOPE_", "MDEPLOY_", "VLLM_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "OPENAI_")
 
@@ -44,6 +44,16 @@ def fake_engine(home: Path, tmp_path: Path) -> Path:
     result = support.mdeploy("engines", "install", "vllm", "--python", python)
     assert result.code == 0, result.stderr
     return python
+
+
+@pytest.fixture
+def gpus(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three GPUs, the first one busy, and a stand-in CUDA vLLM."""
+    commands = nvidia_smi.make(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    python = vllm_env.make(tmp_path / "cuda-vllm", vllm_env.VERSION)
+    installed = support.mdeploy("engines", "install", "vllm", "--python", python, "--json")
+    assert installed.json["variant"] == "cuda"
 
 
 @pytest.fixture(scope="session")

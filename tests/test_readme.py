@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import DEMO_MODEL, REPO, copy_model, listens, processes_with, running, until
+from tests.support import DEMO_MODEL, REPO, copy_model, listens, processes_with, running, tiny_model, until
 
 DEFAULT = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 
@@ -56,6 +56,31 @@ def test_the_commands_of_the_sections_use_and_below(tmp_path: Path) -> None:
     assert DEFAULT in outputs["curl -s http://127.0.0.1:8000/v1/models"]
     assert "***" in _sh(_commands("### Addresses and keys")[0]).stdout
     assert "vllm" in _sh("mdeploy engines ls").stdout
+
+
+@pytest.mark.usefixtures("fake_engine")
+def test_the_commands_about_keys_and_logs(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "org" / "tiny")
+    _sh(f"mdeploy serve llm {model} --name chat -d")
+    keys, logs = _commands("### Addresses and keys")[1:], _commands("### Logs")
+    outputs = {line: _sh(line).stdout for line in (*keys, *logs)}
+    assert outputs["mdeploy keys add chat"].startswith("sk-")
+    assert outputs["mdeploy keys rotate chat"].startswith("sk-")
+    assert "chat" in outputs["mdeploy keys ls"]
+    assert "Application startup complete" in outputs["mdeploy logs chat -t -n 20"]
+
+
+@pytest.mark.usefixtures("gpus")
+def test_the_file_of_services_and_its_commands(tmp_path: Path) -> None:
+    snapshot = tmp_path / "cache/models" / DEFAULT.replace("/", "--") / "snapshots/master"
+    tiny_model(snapshot, max_position_embeddings=131072)
+    text = (REPO / "README.md").read_text(encoding="utf-8").split("### Many services in one file\n")[1]
+    (tmp_path / "mdeploy.yaml").write_text(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
+    outputs = [_sh(line).stdout for line in _commands("### Many services in one file")]
+    assert len(outputs) == 4
+    assert "CUDA_VISIBLE_DEVICES=1" in outputs[0]
+    assert outputs[1].count("created") == 2
+    assert outputs[2] == "chat: unchanged (ready)\ntools: unchanged (ready)\n"
 
 
 @pytest.mark.engine

@@ -94,10 +94,10 @@ def _download(loaded: Settings) -> None:
 def _service(loaded: Settings) -> Iterator[ServiceStatus]:
     from mdeploy import prepare, services
     from mdeploy.cli.serve import Progress
-    from mdeploy.specs import LlmOptions
+    from mdeploy.resolve import Wanted
 
     _step(f"mdeploy serve llm {_MODEL} -d", "vLLM under our supervisor")
-    request = prepare.LlmRequest(_MODEL, LlmOptions(), name="demo")
+    request = prepare.LlmRequest(Wanted(_MODEL), name="demo")
     spec = prepare.prepare_llm(loaded, request, dry_run=False, progress=None, say=output.say)
     try:
         yield services.launch(loaded, spec.name, Progress())

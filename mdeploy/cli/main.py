@@ -35,6 +35,13 @@ VERBS = {
     "logs": "logs",
     "stop": "stop",
     "restart": "stop",
+    "up": "fleet",
+    "down": "fleet",
+    "diff": "fleet",
+    "rollback": "fleet",
+    "keys": "keys",
+    "install-systemd": "systemd",
+    "uninstall-systemd": "systemd",
     "bench": "bench",
 }
 

@@ -10,29 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes import vllm_env
 from tests.support import mdeploy, ps, tiny_model
 
 DEFAULT = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
-
-_SMI = """#!/bin/sh
-[ -z "$FAKE_SMI_FAILS" ] || { echo "NVIDIA-SMI has failed because it couldn't communicate with the driver"; exit 9; }
-echo "0, GPU-aaa, NVIDIA H200, 143771, 1000"
-echo "1, GPU-bbb, NVIDIA H200, 143771, 143000"
-echo "2, GPU-ccc, NVIDIA H200, 143771, 140000"
-"""
-
-
-@pytest.fixture
-def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three GPUs, the first one busy, and a CUDA engine."""
-    smi = tmp_path / "bin" / "nvidia-smi"
-    smi.parent.mkdir()
-    smi.write_text(_SMI)
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{smi.parent}{os.pathsep}{os.environ['PATH']}")
-    python = vllm_env.make(tmp_path / "cuda-vllm", vllm_env.VERSION)
-    assert mdeploy("engines", "install", "vllm", "--python", python, "--json").json["variant"] == "cuda"
 
 
 @pytest.fixture
@@ -165,6 +145,9 @@ def _truncated(model: Path) -> None:
         (["MODEL", "--start-timeout", "nan"], 2, "--start-timeout"),
         (["MODEL", "--max-model-len", "0.5"], 2, "number of tokens"),
         (["MODEL", "--", "-pp", "2"], 2, "-pp"),
+        (["MODEL", "--restart", "sometimes"], 2, "on-failure"),
+        (["MODEL", "--drain", "-1"], 2, "--drain"),
+        (["MODEL", "--drain", "inf"], 2, "--drain"),
     ],
 )
 def test_wrong_input(model: Path, args: list[str], code: int, says: str) -> None:
@@ -237,6 +220,17 @@ def test_the_next_free_port_is_taken_unless_one_is_named(model: Path) -> None:
     second = mdeploy("serve", "llm", model, "--name", "two", "-d", "--json").json["service"]
     assert second["port"] > first["port"] >= 8000
     assert {s["phase"] for s in mdeploy("ps", "--json").json["services"]} == {"ready"}
+
+
+@pytest.mark.usefixtures("fake_engine")
+def test_how_it_restarts_and_how_long_it_drains(model: Path) -> None:
+    usual = mdeploy("serve", "llm", model, "--dry-run", "--json").json["service"]
+    assert (usual["restart"], usual["limits"]["stop_timeout_s"]) == ("on-failure", 30)
+    asked = ("--restart", "always", "--drain", "120", "--start-timeout", "60")
+    service = mdeploy("serve", "llm", model, *asked, "--dry-run", "--json").json["service"]
+    assert (service["restart"], service["limits"]["stop_timeout_s"]) == ("always", 120)
+    assert service["limits"]["start_timeout_s"] == 60
+    assert service["argv"][-2:] == ["--shutdown-timeout", "108"]
 
 
 def test_shipped_recipes_are_valid() -> None:

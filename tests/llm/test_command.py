@@ -61,6 +61,7 @@ def test_flags_vllm_knows_pass(extra: list[str]) -> None:
         (["--api_key=secret"], "--api-key", "MDEPLOY_API_KEY"),
         (["--port", "1"], "--port", "mdeploy serve llm --port"),
         (["-tp", "2"], "-tp", "--tp"),
+        (["--shutdown-timeout", "9"], "--shutdown-timeout", "mdeploy serve llm --drain"),
         (["word"], "no flag", "vLLM's own flags"),
     ],
 )
@@ -77,6 +78,17 @@ def test_health_checks_stay_out_of_the_access_log_where_vllm_can_do_that(tmp_pat
     assert argv[-4:] == ("--disable-access-log-for-endpoints", "/health,/metrics", "-q", "awq")
 
 
+@pytest.mark.parametrize(("drain_s", "seconds"), [(600, "540"), (30, "27"), (5.5, "4"), (2, "1"), (1, None), (0, None)])
+def test_requests_in_flight_get_their_time_less_what_the_end_itself_takes(
+    tmp_path: Path, drain_s: float, seconds: str | None
+) -> None:
+    engine = dataclasses.replace(ENGINE, python=str(vllm_env.make(tmp_path / "env")))
+    one = GpuPlan("cuda", (0,), 1, None, None, None)
+    argv = command.argv(engine, Path("/m"), ("m",), "::1", 1, one, (), drain_s)
+    assert (argv[-2:] == ("--shutdown-timeout", seconds)) is (seconds is not None)
+    assert "--shutdown-timeout" not in command.argv(ENGINE, Path("/m"), ("m",), "::1", 1, one, (), drain_s)
+
+
 def test_where_flags_cannot_be_read_vllm_is_the_judge(tmp_path: Path) -> None:
     assert command.known_flags(str(tmp_path / "bin/python")) == frozenset()
     command.check_extra(["--anything"], frozenset(), "?")
@@ -91,5 +103,12 @@ def test_flags_are_read_from_the_source(tmp_path: Path) -> None:
 def test_flags_of_the_real_vllm(real_engine: Path) -> None:
     known = command.known_flags(str(real_engine))
     assert len(known) > 250
-    assert {"--max-model-len", "--kv-cache-memory-bytes", "--chat-template", "--api-server-count", "--host"} <= known
+    assert {
+        "--max-model-len",
+        "--kv-cache-memory-bytes",
+        "--chat-template",
+        "--api-server-count",
+        "--host",
+        "--shutdown-timeout",
+    } <= known
     assert not {"--disable-log-requests", "--swap-space", "--task"} & known

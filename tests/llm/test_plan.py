@@ -38,6 +38,7 @@ def test_gpus_named_imply_tp() -> None:
         ({"tp": 0}, UsageError, "at least 1"),
         ({"gpus": (7,)}, DoesNotFitError, "no GPU 7"),
         ({"gpus": (0, 1), "tp": 4}, UsageError, "2 GPUs"),
+        ({"gpu_count": 2, "tp": 4}, UsageError, "2 GPUs"),
         ({"gpu_memory_utilization": 1.5}, UsageError, "at most 1"),
         ({"gpu_memory_utilization": float("nan")}, UsageError, "at most 1"),
         ({"dtype": "int3"}, UsageError, "one of"),
@@ -49,6 +50,32 @@ def test_gpus_named_imply_tp() -> None:
 def test_impossible_wishes(wish: dict[str, Any], error: type[MdeployError], says: str) -> None:
     with pytest.raises(error, match=says):
         _cuda(**wish)
+
+
+def _beside(taken: dict[int, str], before: tuple[int, ...] = (), **wish: Any) -> GpuPlan:
+    return plan.plan_cuda(FACTS, LlmOptions(**wish), None, GPUS, taken, before)
+
+
+def test_what_belongs_to_others_is_not_chosen() -> None:
+    chosen = _beside({1: "chat (running)"}, gpu_count=2)
+    assert (chosen.indices, chosen.tp, chosen.named) == ((2, 3), 2, False)
+    assert "of those nobody has" in " ".join(chosen.reasons)
+    with pytest.raises(DoesNotFitError, match=r"2 GPUs needed, 1 of 4 not in use: GPU 0 belongs to a, .*to c") as error:
+        _beside({0: "a", 1: "b", 2: "c"}, tp=2)
+    assert "--gpus 0,1" in error.value.hint
+
+
+def test_what_is_named_may_be_shared_and_says_so() -> None:
+    chosen = _beside({1: "chat (running)"}, gpus=(1,))
+    assert (chosen.indices, chosen.named) == ((1,), True)
+    assert "GPU 1 also belongs to chat (running)" in " ".join(chosen.reasons)
+
+
+def test_what_it_had_before_stays_where_it_can() -> None:
+    assert _beside({}, before=(0,)).indices == (0,)
+    assert _beside({0: "x"}, before=(0,)).indices == (1,)
+    assert _beside({}, before=(0,), tp=2).indices == (1, 3)
+    assert _beside({}, before=(9,)).indices == (1,)
 
 
 def test_no_gpu_and_a_cuda_engine_does_not_fit() -> None:
@@ -89,6 +116,7 @@ def test_a_cpu_run_keeps_float32_weights_as_they_are() -> None:
     assert plan.plan_cpu(single, LlmOptions(dtype="bfloat16"), None, 2, 1 << 30).dtype == "bfloat16"
 
 
-def test_gpus_on_a_cpu_engine_are_refused() -> None:
+@pytest.mark.parametrize("wish", [LlmOptions(gpus=(0,)), LlmOptions(gpu_count=1)])
+def test_gpus_on_a_cpu_engine_are_refused(wish: LlmOptions) -> None:
     with pytest.raises(UsageError, match="CUDA engine"):
-        plan.plan_cpu(FACTS, LlmOptions(gpus=(0,)), None, 2, 1 << 30)
+        plan.plan_cpu(FACTS, wish, None, 2, 1 << 30)
