@@ -19,6 +19,9 @@ from mdeploy.supervise import processes
 from mdeploy.supervise.logs import LogWriter, Pump
 from mdeploy.supervise.state import Segments
 
+_LOOK_STARTING_S, _LOOK_READY_S = 2.0, 60.0
+"""How often all of /proc is read for an engine's processes; a ready engine makes no more shared memory."""
+
 # Never handed to an engine: other Python environments, service managers, and secrets that are not its own.
 _NOT_INHERITED = (
     "PYTHONPATH",
@@ -43,8 +46,11 @@ class Engine(Protocol):
     def poll(self) -> int | None:
         """The main process's exit status (negative: a signal's number), None while it lives."""
 
-    def observe(self, every_s: float) -> None:
-        """Look after it: collect dead orphans; where that was `every_s` ago, note its processes and shared memory."""
+    def observe(self, *, starting: bool) -> None:
+        """Look after it: collect dead orphans, and now and then (closely while it starts) `look`."""
+
+    def look(self) -> None:
+        """Note its processes and the shared memory they use: a killed process cannot be asked any more."""
 
     def frozen(self) -> tuple[int, ...]:
         """Processes of it that are stopped by a signal."""
@@ -109,17 +115,22 @@ class Process:
         """See `Engine`."""
         return self._main.poll()
 
-    def observe(self, every_s: float) -> None:
+    def observe(self, *, starting: bool) -> None:
         """See `Engine`."""
         processes.reap_orphans(self.pid)
-        if time.monotonic() - self._looked >= every_s:
+        if time.monotonic() - self._looked >= (_LOOK_STARTING_S if starting else _LOOK_READY_S):
             self.look()
+        elif starting:
+            self._note((self.pid, *processes.descendants(self.pid)))
 
     def look(self) -> None:
-        """Remember processes and the segments they use: a killed process cannot be asked any more."""
+        """See `Engine`."""
         self._looked = time.monotonic()
-        self._pids = processes.marked(self._run_id)
-        seen = self._segments.seen | processes.shared_memory(self._pids)
+        self._note(processes.marked(self._run_id))
+
+    def _note(self, pids: tuple[int, ...]) -> None:
+        self._pids = pids
+        seen = self._segments.seen | processes.shared_memory(pids)
         if seen != self._segments.seen:
             self._segments = replace(self._segments, seen=seen)
             self._remember(self._segments)

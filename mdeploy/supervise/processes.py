@@ -48,9 +48,10 @@ def die_with_parent(sig: int = signal.SIGTERM) -> Callable[[], None]:
     libc, parent = ctypes.CDLL(None, use_errno=True), os.getpid()
 
     def arm() -> None:
+        signal.signal(sig, signal.SIG_DFL)  # our own handler is still there, and would swallow it until exec
         libc.prctl(_PR_SET_PDEATHSIG, sig, 0, 0, 0)
         if os.getppid() != parent:  # it died before we were armed
-            os.kill(os.getpid(), sig)
+            os._exit(128 + sig)
 
     return arm
 
@@ -146,6 +147,16 @@ def reap_orphans(engine: int) -> None:
             if dead is None or dead.si_pid == engine:
                 return
             os.waitpid(dead.si_pid, os.WNOHANG)
+
+
+def descendants(pid: int) -> tuple[int, ...]:
+    """Children of a process and theirs, quickly; those whose parent died are not among them."""
+    found: list[int] = []
+    for path in _PROC.glob(f"{pid}/task/*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, path.read_text().split()):
+                found += [child, *descendants(child)]
+    return tuple(found)
 
 
 def shared_memory(pids: Iterable[int]) -> frozenset[str]:

@@ -29,9 +29,6 @@ from mdeploy.supervise.world import Headers, Watching, World
 _TICK_S = 0.25
 _PROMPT_S = 0.05
 
-_LOOK_STARTING_S, _LOOK_READY_S = 2.0, 60.0
-"""How often an engine's shared memory is looked for: it reads all of /proc, and a ready engine makes no more of it."""
-
 _REFUSALS = 3
 """Times in a row that a healthy engine may call our request wrong (4xx) before it is not asked again."""
 
@@ -227,7 +224,7 @@ class Supervisor:
             if watch.ready.is_set() and ready_at is None:
                 ready_at = self._world.now()
             status = engine.poll()
-            engine.observe(_LOOK_STARTING_S if ready_at is None else _LOOK_READY_S)
+            engine.observe(starting=ready_at is None)
             cause = (
                 self._ended(engine, status, ready_at is not None)
                 if status is not None
@@ -261,7 +258,7 @@ class Supervisor:
             self._write("unhealthy", condition.detail)
         elif self._record.phase != "ready":
             self._served = True
-            engine.observe(0.0)
+            engine.look()
             self._record = replace(self._record, error=None, hint="")
             self._write("ready")
             self._notifier.ready(f"ready on {self._spec.url}")

@@ -46,7 +46,10 @@ class ScriptedEngine:
             return 0
         return 0 if self.terminated is not None and not self._script.ignores_term else None
 
-    def observe(self, every_s: float) -> None:
+    def observe(self, *, starting: bool) -> None:
+        pass
+
+    def look(self) -> None:
         pass
 
     def frozen(self) -> tuple[int, ...]:

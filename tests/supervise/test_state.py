@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import resource
 import subprocess
@@ -16,6 +17,7 @@ from mdeploy.paths import Paths
 from mdeploy.specs import Probe, ServiceRecord, ServiceSpec
 from mdeploy.supervise import processes, state
 from mdeploy.supervise.state import ServiceFiles
+from tests.support import processes_with, until
 
 SPEC = ServiceSpec("s", "llm", ("/bin/true",), {}, "/", "127.0.0.1", 8000, Probe("/health", "/v1", {"a": 1}), "m")
 
@@ -104,6 +106,32 @@ def test_a_marked_process_is_found_in_a_session_of_its_own_and_swept() -> None:
     assert processes.marked(run_id[:-1]) == ()
     assert processes.sweep(run_id) == ()
     assert processes.marked(run_id) == ()
+
+
+def _is_gone(mark: str) -> bool:
+    return processes_with(mark) == []
+
+
+def test_a_child_is_ended_whenever_its_parent_dies() -> None:
+    """The parent handles the signal itself, as a supervisor does: its child must not swallow it before exec."""
+    code = (
+        "import os, signal, subprocess, sys\n"
+        "from mdeploy.supervise import processes\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "arm = processes.die_with_parent()\n"
+        "def dying():\n"
+        "    if sys.argv[1] == 'before': os.kill(os.getppid(), signal.SIGKILL); os.read(gone, 1)\n"
+        "    arm()\n"
+        "    if sys.argv[1] == 'after': os.kill(os.getppid(), signal.SIGKILL); signal.pause()\n"
+        "gone, held = os.pipe()\n"
+        "os.set_inheritable(gone, False)\n"
+        "subprocess.Popen(['sleep', '1000'], preexec_fn=lambda: (os.close(held), dying()))\n"
+    )
+    for moment in ("before", "after"):
+        env = {**os.environ, "MDEPLOY_TEST_CHILD": f"{os.getpid()}-{moment}"}
+        subprocess.run([sys.executable, "-c", code, moment], env=env, check=False)
+        mark = f"MDEPLOY_TEST_CHILD={env['MDEPLOY_TEST_CHILD']}"
+        until(functools.partial(_is_gone, mark), 10)
 
 
 def test_a_reused_pid_is_another_process() -> None:
