@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,8 @@ from mdeploy.specs import Say, ServiceSpec, ServiceStatus
 from mdeploy.supervise import control, state
 from mdeploy.supervise.ports import check_port
 from mdeploy.supervise.state import ServiceFiles
-from mdeploy.systemd import host, install, manager, preflight
+from mdeploy.systemd import host, install, manager, preflight, units
+from mdeploy.systemd.host import Host
 from mdeploy.systemd.install import Layout
 from mdeploy.systemd.manager import Unit
 from mdeploy.systemd.preflight import Finding
@@ -104,16 +105,19 @@ def install_services(settings: Settings, request: Request, say: Say, on_progress
     ready, it alone is taken back, those after it are not begun, and its cause is raised.
     """
     machine = host.look()
-    _check_allowed(request.scope, machine.booted)
+    _check_allowed(request.scope, machine)
     plans = [_layout(settings, request, spec, machine) for spec in _specs(settings, request, say, dry_run=False)]
     _raise_all([(plan, finding) for plan in plans for finding in _findings(settings, plan)])
     return tuple(_install(settings, plan, request.start, say, on_progress) for plan in plans)
 
 
-def _check_allowed(scope: Scope, booted: bool) -> None:
-    if not booted:
+def _check_allowed(scope: Scope, machine: Host) -> None:
+    if not machine.booted:
         hint = "mdeploy serve llm -d starts one in the background, mdeploy restart NAME one that was served before"
         raise UnavailableError("this machine does not run systemd", hint=hint)
+    if machine.version < units.OLDEST:
+        hint = f"update to systemd {units.OLDEST}, or mdeploy serve llm -d"
+        raise UnavailableError(f"systemd {machine.version} is too old", hint=hint)
     if scope == "system" and os.geteuid() != 0:
         hint = "sudo mdeploy install-systemd …, or for your own account: mdeploy install-systemd --user"
         raise MdeployError("only root may change the machine's units", hint=hint)
@@ -131,26 +135,28 @@ def _specs(settings: Settings, request: Request, say: Say, *, dry_run: bool) -> 
     if not names:
         hint = f"serve one first: mdeploy serve llm -d, or write {FILE}"
         raise NotFoundError(f"no service is known in {settings.paths.home}", hint=hint)
-    specs = {name: ServiceFiles(settings.paths, name).spec() for name in dict.fromkeys(names)}
-    return tuple(_in_order(specs))
+    return tuple(_with_dependencies(settings, names).values())
 
 
-def _in_order(specs: dict[str, ServiceSpec]) -> Iterable[ServiceSpec]:
-    done: dict[str, ServiceSpec] = {}
+def _with_dependencies(settings: Settings, names: Sequence[str]) -> dict[str, ServiceSpec]:
+    """Specs by name, each after those it depends on: a unit would start them at boot, so they are units too."""
+    found: dict[str, ServiceSpec] = {}
+    visited: set[str] = set()
 
     def visit(name: str) -> None:
-        if name in specs and name not in done:
-            spec = specs.pop(name)
+        if name not in visited:
+            visited.add(name)
+            spec = ServiceFiles(settings.paths, name).spec()
             for other in spec.depends_on:
                 visit(other)
-            done[name] = spec
+            found[name] = spec
 
-    for name in tuple(specs):
+    for name in names:
         visit(name)
-    return done.values()
+    return found
 
 
-def _layout(settings: Settings, request: Request, spec: ServiceSpec, machine: host.Host) -> Layout:
+def _layout(settings: Settings, request: Request, spec: ServiceSpec, machine: Host) -> Layout:
     home = settings.paths.home
     if request.user and request.scope == "user":
         raise UsageError("--as goes with the machine's units", hint="a user unit runs as its user")
@@ -267,7 +273,7 @@ def uninstall(settings: Settings, names: Sequence[str], scope: Scope, say: Say) 
 
     No names mean every unit of this home. Raises NotFoundError for one that is not installed.
     """
-    _check_allowed(scope, host.look().booted)
+    _check_allowed(scope, host.look())
     chosen = _chosen(settings, names, scope)
     for unit in chosen:
         dispatch.stop(ServiceFiles(settings.paths, unit.service))

@@ -121,7 +121,8 @@ def draft(settings: Settings, request: LlmRequest) -> Draft:
     name = state.check_name(request.name or resolve.name_of(model.title))
     host = request.host or settings.require("host")
     key = credentials.find(settings, name, request.key, request.wanted.base or Path.cwd())
-    _check_exposure(host, has_key=key is not None, insecure=request.insecure)
+    if not (request.insecure or key or is_loopback(host)):
+        raise _exposed(host, in_file=request.wanted.base is not None)
     engine = engine_store.find(settings.paths.engines, request.engine or settings.get("engine"), _has_gpu)
     extra = (*(model.recipe.args if model.recipe else ()), *request.wish.extra)
     command.check_extra(extra, command.known_flags(engine.python), engine.version)
@@ -239,13 +240,11 @@ def _check_free(files: ServiceFiles, host: str, port: int | None) -> None:
         check_port(host, port)
 
 
-def _check_exposure(host: str, *, has_key: bool, insecure: bool) -> None:
-    if insecure or has_key or is_loopback(host):
-        return
-    raise UsageError(
-        f"{host} can be reached from other machines, and no API key is set",
-        hint="export MDEPLOY_API_KEY=…, or keep --host 127.0.0.1, or say --insecure",
-    )
+def _exposed(host: str, *, in_file: bool) -> UsageError:
+    by_flag = "export MDEPLOY_API_KEY=…, or keep --host 127.0.0.1, or say --insecure"
+    by_key = "auth: {key: generate}, or keep host: 127.0.0.1, or say insecure: true"
+    text = f"{host} can be reached from other machines, and no API key is set"
+    return UsageError(text, hint=by_key if in_file else by_flag)
 
 
 def is_loopback(host: str) -> bool:

@@ -51,22 +51,30 @@ def understand(paths: Paths, wanted: Wanted) -> Model:
     """
     where = recipes.directories(paths, wanted.base or Path.cwd())
     own = _recipe(wanted.recipe, where, wanted.base) if wanted.recipe else None
-    model = _understand(wanted, where, own)
+    text = wanted.model or (own.model if own else "")
     if wanted.source is None:
-        return model
+        return _understand(wanted, text, where, own)
     weights = _directory(wanted.source, wanted.base)
+    if not text:
+        return _in_directory(wanted.source, weights, where, own)
+    model = _of_hub(wanted, text, where, own)
     return Model(model.source, model.ref, weights, model.recipe)
 
 
-def _understand(wanted: Wanted, where: tuple[Path, ...], own: Recipe | None) -> Model:
-    text = wanted.model or (own.model if own else "") or (wanted.source or "")
+def _understand(wanted: Wanted, text: str, where: tuple[Path, ...], own: Recipe | None) -> Model:
     if text.endswith((".yaml", ".yml")):
         own = recipes.load(expand(text, wanted.base))
         return Model(text, refs.parse(own.model, wanted.revision or own.revision), None, own)
-    has_own_weights = wanted.source is not None and text != wanted.source
-    if not has_own_weights and (text.startswith((".", "/", "~")) or expand(text, wanted.base).is_dir()):
-        path = _directory(text, wanted.base)
-        return Model(text, None, path, own or recipes.find(f"{path.parent.name}/{path.name}", where))
+    if text.startswith((".", "/", "~")) or expand(text, wanted.base).is_dir():
+        return _in_directory(text, _directory(text, wanted.base), where, own)
+    return _of_hub(wanted, text, where, own)
+
+
+def _in_directory(text: str, path: Path, where: tuple[Path, ...], own: Recipe | None) -> Model:
+    return Model(text, None, path, own or recipes.find(f"{path.parent.name}/{path.name}", where))
+
+
+def _of_hub(wanted: Wanted, text: str, where: tuple[Path, ...], own: Recipe | None) -> Model:
     name, _, inline = text.partition("@")
     recipe = own or recipes.find(name, where)
     if recipe is None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mdeploy.specs import ServiceStatus
 
 File = Annotated[Path, typer.Option("-f", "--file", metavar="FILE", help="What to read.")]
-Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]…", help="Services of the file. [default: all]")]
+Names = Annotated[list[str] | None, typer.Argument(metavar="NAME…", help="Services of the file. [default: all]")]
 _FILE = Path("mdeploy.yaml")
 
 
@@ -105,7 +105,13 @@ def _listener(bar: Bar | None) -> Listener:
     def look(status: ServiceStatus) -> None:
         each.setdefault(status.spec.name, Progress())(status)  # the clock of each starts with its own start
 
-    return Listener(output.say, bar, look)
+    def say(text: str) -> None:
+        if bar:  # one transfer is over, and another or a start comes
+            bar.end()
+            bar.moving = False
+        output.say(text)
+
+    return Listener(say, bar, look)
 
 
 def _code(outcomes: Sequence[Outcome]) -> int:

@@ -218,10 +218,10 @@ def _stop_and_remember(settings: Settings, status: ServiceStatus | None) -> None
     """Stop what is there; what was served by hand becomes a revision, so that there is a way back to it."""
     if status is None:
         return
-    if revisions.current(settings.paths, status.spec) is None:
-        by_hand = revisions.record(settings.paths, status.spec, "by hand")
-        if status.phase == "ready":
-            revisions.mark_ready(settings.paths, by_hand)
+    known = revisions.current(settings.paths, status.spec)
+    revision = known or revisions.record(settings.paths, status.spec, "by hand")
+    if status.phase == "ready":
+        revisions.mark_ready(settings.paths, revision)
     services.stop_service(settings, status.spec.name)
 
 

@@ -135,7 +135,13 @@ class Supervisor:
             processes.end_run(previous.run_id, self._files.segments().ours(), previous.scratch)
             ready_s = self._world.unix() - previous.since if previous.phase == "ready" else None
             if self._resumed:
-                self._record = replace(self._record, failures=previous.failures, restarts=previous.restarts)
+                self._record = replace(
+                    self._record,
+                    run_id=previous.run_id,
+                    scratch=previous.scratch,
+                    failures=previous.failures,
+                    restarts=previous.restarts,
+                )
         if not self._resumed:
             return None
         return _End(causes.supervisor_killed(self._spec.name), ready_s)

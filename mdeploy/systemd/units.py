@@ -37,8 +37,10 @@ _WATCHDOG_S = 60
 _STOP_MARGIN_S = 30
 """What the supervisor gets on top of the drain: to kill stragglers and to clear shared memory."""
 
-_STEPS_SINCE = 254
+OLDEST = 245
 CREDENTIALS_SINCE = 247
+_SINCE = {"ProtectProc": 247, "RestartSteps": 254, "RestartMaxDelaySec": 254}
+"""Keys that came after the oldest systemd we support: an unknown one would be a complaint at every boot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +118,13 @@ def template(target: Target, program: Program, binds: Sequence[str]) -> UnitFile
         "# Written by `mdeploy install-systemd`, which writes it again: changes belong into a drop-in.",
         "[Unit]",
         "Description=mdeploy service %i",
+        f"AssertPathExists={quoting.raw(str(target.directory))}/mdeploy@%i.service.d/{DROPIN}",
         *([f"After={after}", "Wants=network-online.target"] if system else []),
         "StartLimitIntervalSec=30min",
         "StartLimitBurst=5",
         "",
         "[Service]",
-        *_life(target, program),
+        *_life(program),
         *(_system_limits() if system else []),
         "",
         *(_SANDBOX if system else ("NoNewPrivileges=yes",)),
@@ -130,11 +133,12 @@ def template(target: Target, program: Program, binds: Sequence[str]) -> UnitFile
         "[Install]",
         f"WantedBy={'multi-user' if system else 'default'}.target",
     ]
-    return UnitFile(str(target.directory / TEMPLATE), _text(lines))
+    known = (line for line in lines if _SINCE.get(line.partition("=")[0], 0) <= target.version)
+    return UnitFile(str(target.directory / TEMPLATE), _text(known))
 
 
-def _life(target: Target, program: Program) -> list[str]:
-    lines = [
+def _life(program: Program) -> list[str]:
+    return [
         "Type=notify",
         "NotifyAccess=main",
         f"ExecStart={quoting.command(program.python, '-m', 'mdeploy', 'run')} %i --manager systemd",
@@ -148,10 +152,9 @@ def _life(target: Target, program: Program) -> list[str]:
         "OOMPolicy=stop",
         "UMask=0077",
         "LimitCORE=0",
+        "RestartSteps=4",
+        "RestartMaxDelaySec=2min",
     ]
-    if target.version >= _STEPS_SINCE:
-        lines += ["RestartSteps=4", "RestartMaxDelaySec=2min"]
-    return lines
 
 
 def _system_limits() -> list[str]:
@@ -159,6 +162,7 @@ def _system_limits() -> list[str]:
 
 
 _SANDBOX = (
+    f"User={DEFAULT_USER}",
     "CacheDirectory=mdeploy/%i",
     "CacheDirectoryMode=0700",
     "Environment=HOME=/var/cache/mdeploy/%i XDG_CACHE_HOME=/var/cache/mdeploy/%i",

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support import Result, mdeploy, processes_with, ps, running, tiny_model, until
+from tests.support import Result, free_port, mdeploy, processes_with, ps, running, tiny_model, until
 
 pytestmark = pytest.mark.usefixtures("fake_engine")
 
@@ -30,15 +30,19 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def service(model: Path) -> str:
     """A service `s` that is ready and has the key OLD; returns its completions URL."""
-    served = mdeploy("serve", "llm", model, "--name", "s", "-d", "--json", MDEPLOY_API_KEY=OLD)
-    assert served.code == 0, served.stderr
-    return f"{served.json['service']['url']}/v1/completions"
+    return _serve(model, "s", MDEPLOY_API_KEY=OLD)
 
 
 @pytest.fixture
 def open_service(model: Path) -> str:
     """The same without a key."""
-    served = mdeploy("serve", "llm", model, "--name", "s", "-d", "--json")
+    return _serve(model, "s")
+
+
+def _serve(model: Path, name: str, *args: str, **env: str) -> str:
+    """Serve detached, on a port that no other suite on this machine has; returns the completions URL."""
+    words = ("serve", "llm", model, "--name", name, "-d", "--json", "--port", str(free_port()), *args)
+    served = mdeploy(*words, **env)  # type: ignore[arg-type]
     assert served.code == 0, served.stderr
     return f"{served.json['service']['url']}/v1/completions"
 
@@ -152,7 +156,7 @@ def test_rotate_without_a_restart_waits_for_the_next_start(service: str) -> None
 
 
 def test_ls_shows_fingerprints_and_no_key(home: Path, service: str, model: Path) -> None:
-    assert mdeploy("serve", "llm", model, "--name", "open", "-d").code == 0
+    _serve(model, "open")
     listed = _keys("ls", "--json").stdout
     rows = {row["service"]: row for row in json.loads(listed)["keys"]}
     assert rows["s"]["fingerprints"] == [_fingerprint(OLD)]
@@ -254,8 +258,7 @@ def test_of_two_rotations_at_once_one_is_done_and_its_key_works(home: Path, serv
 
 
 def test_the_last_key_stays_where_other_machines_could_come_in(home: Path, model: Path) -> None:
-    served = mdeploy("serve", "llm", model, "--name", "s", "-d", "--host", "0.0.0.0", MDEPLOY_API_KEY=OLD)
-    assert served.code == 0, served.stderr
+    _serve(model, "s", "--host", "0.0.0.0", MDEPLOY_API_KEY=OLD)
     result = _keys("rm", "s")
     assert result.code == 2
     assert "0.0.0.0" in result.stderr

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import mdeploy, ps, tiny_model, until
+from tests.support import free_port, mdeploy, ps, tiny_model, until
 
 pytestmark = pytest.mark.usefixtures("fake_engine")
 
@@ -26,7 +26,8 @@ STAMP = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ")
 def log(home: Path, tmp_path: Path) -> Path:
     """The log of a service `s` that is ready."""
     model = tiny_model(tmp_path / "org" / "tiny")
-    assert mdeploy("serve", "llm", model, "--name", "s", "-d").code == 0
+    served = mdeploy("serve", "llm", model, "--name", "s", "-d", "--port", str(free_port()))
+    assert served.code == 0, served.stderr
     return home / "services/s/log"
 
 

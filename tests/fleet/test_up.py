@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 from tests.fleet import files
-from tests.support import free_port, listens, mdeploy, processes_with, ps, running, tiny_model, until
+from tests.support import (
+    DEMO_MODEL,
+    copy_model,
+    free_port,
+    listens,
+    mdeploy,
+    processes_with,
+    ps,
+    running,
+    tiny_model,
+    until,
+)
 
 pytestmark = pytest.mark.usefixtures("fake_engine")
 
@@ -329,3 +340,16 @@ def test_the_names_must_be_of_the_file(path: Path) -> None:
         result = mdeploy(verb, "two")
         assert result.code == 3
         assert "it has one" in result.stderr
+
+
+def test_what_is_missing_is_downloaded_once(path: Path, tmp_path: Path) -> None:
+    copy_model(DEMO_MODEL, tmp_path / "hub" / "demo" / "mdeploy-faq")
+    files.write(path, one="model: demo/mdeploy-faq", two="model: demo/mdeploy-faq")
+    port = free_port()
+    with running("mirror", tmp_path / "hub", "--port", str(port)) as hub:
+        until(lambda: listens(port), what="the mirror listens")
+        result = files.up(MODELSCOPE_ENDPOINT=f"http://127.0.0.1:{port}")
+        hub.send_signal(signal.SIGINT)
+        hub.communicate(timeout=20)
+    assert result.stderr.count("downloading") == 1
+    assert files.actions(files.up()) == {"one": "unchanged", "two": "unchanged"}

@@ -74,9 +74,10 @@ class Box:
         return self.ok(sys.executable, "-c", code, *words, PYTHONPATH=str(REPO))
 
     def prepare(self) -> None:
-        """Stand-in engine, tiny model, a user alice, short pauses."""
+        """Stand-in engine, tiny model, two users, short pauses."""
         self.python(_PREPARE)
-        self.ok("useradd", "--create-home", "alice")
+        for user in ("alice", "bob"):
+            self.ok("useradd", "--create-home", user)
         self.write("/etc/systemd/system/mdeploy@.service.d/90-test.conf", _SCALED_DOWN)
         result = self.mdeploy("engines", "install", "vllm", "--python", f"{ENGINE}/bin/python")
         assert result.code == 0, result.stderr
@@ -165,9 +166,14 @@ class Box:
 
     def clean(self) -> None:
         """Take out whatever was installed, served or written for units since the box was prepared."""
-        for command in (("uninstall-systemd", "--all"), ("stop", "--all")):
-            result = self.mdeploy(*command)
-            assert result.code == 0, result.stderr
+        traces = {
+            f"{HOME}/services/*/spec.json": ("stop", "--all"),
+            "/etc/systemd/system/mdeploy@*.d/50-*": ("uninstall-systemd", "--all"),
+        }
+        for trace, command in traces.items():
+            if self.run("sh", "-c", f"ls {trace}").code == 0:
+                result = self.mdeploy(*command)
+                assert result.code == 0, result.stderr
         self.ok("sh", "-c", f"rm -rf {HOME}/services {HOME}/secrets /etc/systemd/system/mdeploy@?*.service.d")
         self.ok("systemctl", "daemon-reload")
 

@@ -93,7 +93,7 @@ def test_a_failed_update_brings_the_old_unit_back(box: Box) -> None:
     box.engine_env("s", FAKE_VLLM_MAPS=shared)
     unit = box.ok("cat", "/etc/systemd/system/mdeploy@s.service.d/50-mdeploy.conf")
     before = box.state("s")["run_id"]
-    result = box.mdeploy("install-systemd", "s", "--as", "alice")
+    result = box.mdeploy("install-systemd", "s", "--as", "bob")
     assert result.code == 1, result.stderr
     assert "Permission denied" in result.stderr
     assert box.ok("cat", "/etc/systemd/system/mdeploy@s.service.d/50-mdeploy.conf") == unit
@@ -210,10 +210,10 @@ def test_as_another_user(box: Box) -> None:
     unknown = box.mdeploy("install-systemd", "s", "--as", "nobody-knows-me")
     assert unknown.code == 78
     assert "there is no user nobody-knows-me" in unknown.stderr
-    result = box.mdeploy("install-systemd", "s", "--as", "alice", "--json")
+    result = box.mdeploy("install-systemd", "s", "--as", "bob", "--json")
     assert result.code == 0, result.stderr
     pid = result.json["services"][0]["pid"]
-    assert box.ok("ps", "-o", "user=", "-p", str(pid)).strip() == "alice"
+    assert box.ok("ps", "-o", "user=", "-p", str(pid)).strip() == "bob"
     changed = box.mdeploy("install-systemd", "s", "--json")
     assert changed.json["services"][0]["change"] == "updated", changed.stderr
     pid = changed.json["services"][0]["pid"]
@@ -245,6 +245,15 @@ def test_a_file_in_the_order_of_dependencies(box: Box) -> None:
         "front": "ready",
     }
     assert not any("broken" in path for path in _ours(box))
+
+
+def test_what_is_not_installed_is_not_started_by_the_template(box: Box) -> None:
+    """The template alone knows no home and no user of its own: it must not run anything."""
+    box.install("s")
+    assert box.mdeploy("serve", "llm", MODEL, "--name", "other", "-d").code == 0
+    assert box.mdeploy("stop", "other").code == 0
+    assert box.run("systemctl", "start", "mdeploy@other").code != 0
+    assert (box.ps("other") or {})["phase"] == "stopped"
 
 
 def test_a_name_belongs_to_one_home(box: Box) -> None:

@@ -56,10 +56,15 @@ def test_following_shows_what_comes_and_ends_with_the_unit(box: Box, port: int) 
         assert follower.wait(30) == 0
 
 
-def test_an_ordinary_user_is_told_why_there_is_no_log(box: Box, port: int) -> None:
+def test_an_ordinary_user_is_told_what_is_not_for_him(box: Box, port: int) -> None:
+    assert box.mdeploy("keys", "add", "s").code == 0
     result = box.mdeploy("logs", "s", user="alice", MDEPLOY_HOME=HOME)
     assert result.stdout == ""
     assert "sudo" in result.stderr
+    for words in (("ls",), ("rotate", "s")):
+        keys = box.mdeploy("keys", *words, user="alice", MDEPLOY_HOME=HOME)
+        assert keys.code != 0
+        assert "sudo" in keys.stderr, keys.stderr
 
 
 def test_keys_of_a_unit(box: Box, port: int) -> None:

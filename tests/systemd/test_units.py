@@ -85,6 +85,9 @@ def test_the_text_is_the_golden_one(case: str) -> None:
 
 
 def test_newer_keys_only_where_systemd_knows_them() -> None:
+    old = _text(_render(dataclasses.replace(SYSTEM, version=245), PROGRAM, Resident(CPU, "/var/lib/mdeploy")))
+    assert "ProtectProc" not in old
+    assert "ProtectProc=invisible\n" in _text(CASES["cpu"])
     assert "RestartSteps" not in _text(CASES["cpu"])
     assert "RestartSteps=4\nRestartMaxDelaySec=2min\n" in _text(CASES["gpu"])
 
