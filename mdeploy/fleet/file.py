@@ -16,8 +16,6 @@ from mdeploy.resolve import Wanted
 from mdeploy.settings import Settings
 from mdeploy.specs import Limits, LlmOptions
 
-DEFAULT_FILE = "mdeploy.yaml"
-
 
 @dataclass(frozen=True, slots=True)
 class Service:

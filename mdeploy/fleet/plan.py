@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from mdeploy import prepare, reservations
@@ -226,8 +225,3 @@ def _memory(step: Step) -> int:
     """Main memory that a service will take and has not taken yet."""
     plan = step.spec.plan
     return (plan.kv_cache_bytes or 0) if plan and not (step.keeps and step.running) else 0
-
-
-def default_file() -> Path:
-    """The file `mdeploy up` takes where none is named."""
-    return Path(file.DEFAULT_FILE)
