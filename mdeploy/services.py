@@ -79,19 +79,29 @@ def run_service(settings: Settings, name: str, manager: Manager, *, resumed: boo
         found = log.explain(lines, status, was_ready)
         return dataclasses.replace(found, hint=found.hint.replace("NAME", name))
 
-    world = Machine(spec, files, manager, lambda: _free_mib(spec))
+    world = Machine(spec, files, manager, lambda: _free_mib(settings, spec))
     command, env = control.run_command(files)
     # systemd is the guard of its own services
-    guard = None if manager == "systemd" else Guard([*command, "--manager", manager, "--resumed"], env)
-    return Supervisor(spec, files, manager, Words(log.progress, explain), world, guard, resumed=resumed).run()
+    words = Words(log.progress, explain)
+    guard = None
+    if manager != "systemd":
+        again = [*command, "--manager", manager, "--resumed"]
+        guard = Guard(again, env, wakes=manager == "detached")
+    try:
+        return Supervisor(spec, files, manager, words, world, guard, resumed=resumed).run()
+    finally:
+        world.close()
 
 
-def _free_mib(spec: ServiceSpec) -> dict[int, int]:
-    """Free memory of the GPUs a service is planned on; what the driver will not tell is left out."""
+def _free_mib(settings: Settings, spec: ServiceSpec) -> dict[int, int]:
+    """Free memory of the GPUs a service has to itself; what the driver will not tell is left out."""
     if spec.plan is None or spec.plan.device != "cuda":
         return {}
+    others = (s.spec.plan for s in state.listing(settings.paths) if s.spec.name != spec.name and s.pid)
+    shared = {index for plan in others if plan for index in plan.indices}
     try:
-        return {gpu.index: gpu.free_mib for gpu in gpus.probe() if gpu.index in spec.plan.indices}
+        own = set(spec.plan.indices) - shared
+        return {gpu.index: gpu.free_mib for gpu in gpus.probe() if gpu.index in own}
     except DoesNotFitError:  # a broken driver is the engine's to report, in its own words
         return {}
 
@@ -114,7 +124,7 @@ def failure(status: ServiceStatus) -> MdeployError:
 
 
 def _with_code(error: MdeployError, code: int) -> MdeployError:
-    kinds = (c for c in MdeployError.__subclasses__() if c.exit_code == code)
+    kinds = (c for c in MdeployError.__subclasses__() if c.exit_code == code != ExitCode.FAILURE)
     kind = next(kinds, MdeployError)
     return kind(error.message, hint=error.hint)
 

@@ -130,7 +130,8 @@ def test_the_commands_of_the_mission(hub: str, home: Path, tmp_path: Path) -> No
         before = _counted(url)
         assert [_answer(url, DEFAULT, q) for q in QUESTIONS] == [FAQ[q] for q in QUESTIONS]
         assert [_streamed(url, DEFAULT, q) for q in QUESTIONS] == [FAQ[q] for q in QUESTIONS]
-        assert _counted(url) == before + 2 * len(QUESTIONS)
+        # one more where our own question, whether the engine still works, came in between
+        assert _counted(url) - before in (2 * len(QUESTIONS), 2 * len(QUESTIONS) + 1)
         assert _chat(url, {"model": DEFAULT, **FULL_BODY}).status_code == 200
 
         measured = mdeploy("bench", "--requests", "24", "--output-tokens", "16", "--json", "-o", tmp_path / "b.json")
@@ -147,13 +148,15 @@ def test_the_commands_of_the_mission(hub: str, home: Path, tmp_path: Path) -> No
     assert _litter() <= litter
 
 
-def _kill_and_check(home: Path, port: int, victim: int) -> None:
+def _kill_and_check(home: Path, victim: int) -> None:
+    """A death is seen, told and mended without being asked, and nothing of the dead run stays."""
+    run_id = json.loads((home / "services/faq/state.json").read_text())["run_id"]
+    restarts = (ps("faq") or {})["restarts"]
     os.kill(victim, signal.SIGKILL)
-    failed = until(lambda: (s := ps("faq")) and s["phase"] == "failed" and s, 5, "ps tells the truth within 5 s")
-    assert failed["error"]
-    assert mdeploy("stop", "faq").code == 0
-    assert _left(home, "faq") == []
-    assert not listens(port)
+    until(lambda: (ps("faq") or {})["phase"] != "ready", 5, "ps tells the truth within 5 s")
+    until(lambda: (ps("faq") or {})["phase"] == "ready", 180, "ready again")
+    assert processes_with(f"MDEPLOY_RUN_ID={run_id}") == []
+    assert (ps("faq") or {})["restarts"] == restarts + 1
 
 
 def test_answers_and_deaths(home: Path) -> None:
@@ -165,14 +168,13 @@ def test_answers_and_deaths(home: Path) -> None:
     assert [_answer(url, model, q) for q in QUESTIONS] == [FAQ[q] for q in QUESTIONS]
     assert [_streamed(url, "faq", q) for q in QUESTIONS] == [FAQ[q] for q in QUESTIONS]
 
-    _kill_and_check(home, port, next(pid for pid in _left(home, "faq") if "EngineCore" in _comm(pid)))
-    assert mdeploy("restart", "faq", timeout=300).code == 0
-    assert _answer(url, model, QUESTIONS[0]) == FAQ[QUESTIONS[0]]
-    _kill_and_check(home, port, next(pid for pid in _left(home, "faq") if "Worker" in _comm(pid)))
-    assert mdeploy("restart", "faq", timeout=300).code == 0
-    _kill_and_check(home, port, next(pid for pid in _left(home, "faq") if "cli.main serve" in _comm(pid)))
-    assert mdeploy("restart", "faq", timeout=300).code == 0
-    _kill_and_check(home, port, (ps("faq") or {})["pid"])
+    for kind in ("EngineCore", "Worker", "cli.main serve"):
+        _kill_and_check(home, next(pid for pid in _left(home, "faq") if kind in _comm(pid)))
+        assert _answer(url, model, QUESTIONS[0]) == FAQ[QUESTIONS[0]]
+    _kill_and_check(home, (ps("faq") or {})["pid"])
+    assert mdeploy("stop", "faq").code == 0
+    assert _left(home, "faq") == []
+    assert not listens(port)
     assert _litter() <= litter
 
 

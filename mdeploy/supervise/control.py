@@ -13,9 +13,15 @@ from dataclasses import replace
 from mdeploy.errors import MdeployError, NotReadyError
 from mdeploy.specs import ServiceRecord, ServiceStatus
 from mdeploy.supervise import processes, state
-from mdeploy.supervise.state import ServiceFiles
+from mdeploy.supervise.state import AlreadyRunningError, ServiceFiles
 
 _POLL_S = 0.1
+
+_ORDERLY_S = 45.0
+"""What an orderly end takes at most beside the drain: stragglers, the last kills, GPU memory, the log."""
+
+_FIRST_SIGN_S = 30.0
+"""How long a supervisor may live without having written its record."""
 
 
 def run_command(files: ServiceFiles) -> tuple[list[str], dict[str, str]]:
@@ -34,7 +40,7 @@ def start_detached(files: ServiceFiles, on_progress: Callable[[ServiceStatus], N
     Returns the status, ready or failed. An interrupt while waiting stops the service again.
     """
     command, env = run_command(files)
-    with (files.directory / "supervisor.log").open("wb") as errors:
+    with files.open_own_words() as errors:
         supervisor = subprocess.Popen(
             [*command, "--manager", "detached"],
             env=env,
@@ -64,24 +70,30 @@ def _withdraw(files: ServiceFiles, supervisor: subprocess.Popen[bytes]) -> None:
 def _wait_started(
     files: ServiceFiles, supervisor: subprocess.Popen[bytes], on_progress: Callable[[ServiceStatus], None]
 ) -> ServiceStatus:
+    deadline = time.monotonic() + _FIRST_SIGN_S
     while True:
         over = supervisor.poll() is not None
         record = files.record()
         if record and record.pid == supervisor.pid:
+            deadline = float("inf")
             now = state.status(files)
             on_progress(now)
             if now.phase in ("ready", "failed", "stopped"):
                 return now
         if over:
             raise _supervisor_died(files)
+        if time.monotonic() > deadline:
+            said = files.own_words() or "it wrote nothing"
+            raise NotReadyError(
+                f"the supervisor of {files.name} gives no sign: {said}", hint=f"df -h {files.directory}"
+            )
         time.sleep(_POLL_S)
 
 
 def _supervisor_died(files: ServiceFiles) -> MdeployError:
     if files.is_supervised():
         return state.already_running(files.name)
-    text = (files.directory / "supervisor.log").read_text(errors="replace").strip()
-    last = text.splitlines()[-1] if text else "it wrote nothing"
+    last = files.own_words() or "it wrote nothing"
     return MdeployError(f"the supervisor of {files.name} ended at once: {last}", hint=f"mdeploy run {files.name}")
 
 
@@ -91,12 +103,17 @@ def stop(files: ServiceFiles) -> bool:
     Safe to repeat and to race with: the supervisor does the work where it lives, otherwise its
     remains are cleared here. Raises NotReadyError for processes that will not die.
     """
-    patience_s = files.limits().stop_timeout_s + 15.0
+    files.check_owner()
+    patience_s = files.limits().stop_timeout_s + _ORDERLY_S
     supervised = files.is_supervised()
-    if not _is_gone_after(files, signal.SIGTERM, patience_s) and not _is_gone_after(files, signal.SIGKILL, 10.0):
-        raise NotReadyError(f"the supervisor of {files.name} does not end", hint="it hangs in the kernel: see dmesg")
-    remains = _clear(files)
-    return supervised or remains
+    while True:
+        if not _is_gone_after(files, signal.SIGTERM, patience_s) and not _is_gone_after(files, signal.SIGKILL, 10.0):
+            hint = "it hangs in the kernel: see dmesg"
+            raise NotReadyError(f"the supervisor of {files.name} does not end", hint=hint)
+        try:
+            return _clear(files) or supervised
+        except AlreadyRunningError:  # another stop clears, or somebody started it again meanwhile
+            supervised = True
 
 
 def _is_gone_after(files: ServiceFiles, sig: int, patience_s: float) -> bool:
@@ -106,7 +123,8 @@ def _is_gone_after(files: ServiceFiles, sig: int, patience_s: float) -> bool:
     while True:
         record = files.record()
         lives = record is not None and state.lives(record)
-        if not lives and not files.is_supervised():
+        over = not lives or (record is not None and record.phase in ("stopped", "failed"))
+        if over and not files.is_supervised():
             return True
         if record and lives and record.pid != signalled:
             if sig == signal.SIGKILL:
@@ -121,10 +139,12 @@ def _is_gone_after(files: ServiceFiles, sig: int, patience_s: float) -> bool:
 
 def _clear(files: ServiceFiles) -> bool:
     """Clear what a dead supervisor left; True where there was anything."""
-    record = files.record()
-    if record is None:
+    if files.record() is None:
         return False
     with files.locked():
+        record = files.record()
+        if record is None:
+            return False
         if record.boot_id == processes.boot_id():
             remains = _end_run(files, record)
         else:

@@ -137,7 +137,8 @@ class Process:
 
     def frozen(self) -> tuple[int, ...]:
         """See `Engine`."""
-        return tuple(pid for pid in (self.pid, *self._pids) if processes.is_frozen(pid))
+        stopped = (pid for pid in {self.pid, *self._pids} if processes.is_frozen(pid))
+        return tuple(pid for pid in stopped if processes.is_marked(pid, self._run_id))  # and no reused pid
 
     def signal(self, number: int) -> None:
         """See `Engine`."""

@@ -26,9 +26,10 @@ _FAREWELL_S = 5.0
 class Guard:
     """The supervisor's side: keeps one guard alive, and dismisses it at the end."""
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
-        """`command` supervises the service again, with `env`."""
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], *, wakes: bool) -> None:
+        """`command` supervises the service again, with `env`. `wakes` a supervisor that is stopped by a signal."""
         self._command, self._env = command, env
+        self._ward = str(os.getpid()) if wakes else "0"
         self._process: subprocess.Popen[bytes] | None = None
 
     def keep(self) -> None:
@@ -40,7 +41,7 @@ class Guard:
         self._close()
         with contextlib.suppress(OSError):
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", __file__, str(os.getpid()), *self._command],
+                [sys.executable, "-I", "-S", __file__, self._ward, *self._command],
                 env=dict(self._env),
                 stdin=subprocess.PIPE,
                 cwd="/",
@@ -78,7 +79,7 @@ def watch(supervisor: int, command: Sequence[str]) -> None:
 
 
 def _last_words(supervisor: int) -> bytes:
-    """What the supervisor said until its end; one that somebody stopped by a signal is woken meanwhile."""
+    """What the supervisor said until its end; where we know its pid, we wake it when it is stopped by a signal."""
     words, was_stopped = b"", False
     while True:
         if select.select([0], [], [], _LOOK_S)[0]:
@@ -89,7 +90,8 @@ def _last_words(supervisor: int) -> bytes:
             continue
         is_stopped = _is_stopped(supervisor)
         if is_stopped and was_stopped:
-            os.kill(supervisor, signal.SIGCONT)
+            with contextlib.suppress(OSError):  # it died a moment ago: the pipe will tell
+                os.kill(supervisor, signal.SIGCONT)
         was_stopped = is_stopped
 
 

@@ -158,9 +158,11 @@ class Liveness:
         return self._hung(now) or self._sick(now) or Condition("well")
 
     def _hung(self, now: float) -> Condition | None:
-        waited = now - max(self._question or now, self._worked) if self._question is not None else 0.0
-        if self._misses >= _MISSES and now - self._well > self._patience_s:
-            return Condition("hung", f"no good health check for {now - self._well:.0f} s: {self._last.detail}")
+        question = self._question  # the thread that asks may set it at any moment
+        waited = 0.0 if question is None else now - max(question, self._worked)
+        silent = now - max(self._well, self._worked)
+        if self._misses >= _MISSES and silent > self._patience_s:
+            return Condition("hung", f"no good health check for {silent:.0f} s: {self._last.detail}")
         if self._frozen is not None and now - self._frozen > self._patience_s:
             return Condition("hung", f"a process of it has been stopped for {now - self._frozen:.0f} s")
         if waited > self._limits.hang_timeout_s:
@@ -174,11 +176,25 @@ class Liveness:
             return Condition("sick", "a process of it is stopped")
         if self._misses >= _MISSES:
             return Condition("sick", self._last.detail)
-        if self._asked is not None and now - self._asked > _SLOW_S:
-            return Condition("sick", f"no answer to a health check for {now - self._asked:.0f} s")
+        asked = self._asked
+        if asked is not None and now - asked > _SLOW_S:
+            return Condition("sick", f"no answer to a health check for {now - asked:.0f} s")
         if self._failures:
             return Condition("sick", self._reply.detail)
         return None
+
+
+class _Work:
+    """Whether an engine gets on, by its counters; metrics that could not be read say nothing."""
+
+    def __init__(self, prober: Prober) -> None:
+        self._prober, self._seen = prober, prober.work()
+
+    def got_on(self) -> bool:
+        """True where the counters moved since they were last read."""
+        before, now = self._seen, self._prober.work()
+        self._seen = now or before
+        return bool(before and now and now != before)
 
 
 class Watch:
@@ -242,25 +258,23 @@ class Watch:
 
     def _question(self, liveness: Liveness) -> None:
         """Ask for real now and then, where no client's requests show that the engine works."""
-        seen, pause = self._prober.work(), self._limits.answer_interval_s
+        work, pause = _Work(self._prober), self._limits.answer_interval_s
         while not self._stopping.wait(pause):
-            before, seen = seen, self._prober.work()
             pause = self._limits.answer_interval_s
-            if seen != before:
+            if work.got_on():
                 liveness.worked(time.monotonic())
             else:
                 pause = pause if self._ask_for_real(liveness) else min(pause, _AGAIN_S)
-                seen = self._prober.work()  # the question itself was work
+                work = _Work(self._prober)  # the question itself was work
 
     def _ask_for_real(self, liveness: Liveness) -> bool:
         """One real request, while a second thread looks whether others get on meanwhile."""
         over = threading.Event()
 
         def look() -> None:
-            seen = self._prober.work()
+            work = _Work(self._prober)
             while not over.wait(self._limits.health_interval_s):
-                before, seen = seen, self._prober.work()
-                if seen != before:
+                if work.got_on():
                     liveness.worked(time.monotonic())
 
         looker = threading.Thread(target=look, name="work", daemon=True)

@@ -94,15 +94,16 @@ def is_same(pid: int, when: float) -> bool:
 
 def marked(run_id: str) -> tuple[int, ...]:
     """Pids of all living processes of a run, ours excepted."""
-    needle = f"{MARKER}={run_id}".encode()
-    return tuple(pid for pid in _all_pids() if pid != os.getpid() and _bears(pid, needle))
+    return tuple(pid for pid in _all_pids() if pid != os.getpid() and is_marked(pid, run_id))
 
 
 def _all_pids() -> Iterable[int]:
     return (int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit())
 
 
-def _bears(pid: int, needle: bytes) -> bool:
+def is_marked(pid: int, run_id: str) -> bool:
+    """True for a living process of a run."""
+    needle = f"{MARKER}={run_id}".encode()
     try:
         environ = (_PROC / str(pid) / "environ").read_bytes()
     except OSError:  # gone, or somebody else's
@@ -198,14 +199,23 @@ def _shm_inodes(pid: int) -> set[int]:
     return found
 
 
-def unlink_shared_memory(names: Iterable[str]) -> None:
-    """Remove segments of a run that is over: files of ours that no process has mapped any more."""
-    present = [Path(name) for name in names if Path(name).parent == _SHM and Path(name).exists()]
-    in_use = shared_memory(_all_pids()) if present else frozenset()
-    for path in present:
-        with contextlib.suppress(OSError):
-            if str(path) not in in_use and path.lstat().st_uid == os.geteuid():
-                path.unlink()
+def unlink_shared_memory(names: Iterable[str], timeout_s: float = 3.0) -> None:
+    """Remove segments of a run that is over: files of ours that no process has mapped any more.
+
+    A process that is dying loses its environment, and with it the marker, before its memory: so
+    what is still mapped is looked at again until the time is over.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        present = [Path(name) for name in names if Path(name).parent == _SHM and Path(name).exists()]
+        in_use = shared_memory(_all_pids()) if present else frozenset()
+        for path in present:
+            with contextlib.suppress(OSError):
+                if str(path) not in in_use and path.lstat().st_uid == os.geteuid():
+                    path.unlink()
+        if not any(str(path) in in_use for path in present) or time.monotonic() > deadline:
+            return
+        time.sleep(0.05)
 
 
 def scratch(run_id: str) -> Path:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import os
 import re
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,7 +103,7 @@ class ServiceFiles:
         """What to run. Raises NotFoundError for an unknown service."""
         path = self.directory / "spec.json"
         try:
-            return from_json(ServiceSpec, path.read_bytes())
+            return from_json(ServiceSpec, _read(path))
         except FileNotFoundError as error:
             raise NotFoundError(f"no service {self.name!r}", hint="mdeploy ps lists the services") from error
         except ValueError as error:
@@ -116,9 +118,17 @@ class ServiceFiles:
     def record(self) -> ServiceRecord | None:
         """What a supervisor last wrote; None before the first start or where it cannot be read."""
         try:
-            return from_json(ServiceRecord, (self.directory / "state.json").read_bytes())
-        except (FileNotFoundError, PermissionError, ValueError):
+            return from_json(ServiceRecord, _read(self.directory / "state.json"))
+        except (OSError, ValueError):
             return None
+
+    def check_owner(self) -> None:
+        """Raises ConfigError for a record that another user wrote: its pids must never be signalled for them."""
+        with contextlib.suppress(FileNotFoundError):
+            uid = (self.directory / "state.json").lstat().st_uid
+            if uid != os.geteuid():
+                hint = f"act as that user, or where it is a unit: systemctl stop mdeploy@{self.name}"
+                raise ConfigError(f"the record of {self.name} belongs to user {uid}", hint=hint)
 
     def write_record(self, record: ServiceRecord) -> None:
         """Replace the record."""
@@ -143,8 +153,8 @@ class ServiceFiles:
 
     def segments(self) -> Segments:
         """What is known of the current run's shared memory."""
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            return from_json(Segments, (self.directory / "shm.json").read_bytes())
+        with contextlib.suppress(OSError, ValueError):
+            return from_json(Segments, _read(self.directory / "shm.json"))
         return Segments()
 
     def write_segments(self, segments: Segments) -> None:
@@ -184,6 +194,35 @@ class ServiceFiles:
             hint = f"it belongs to another user: ls -l {self.directory}"
             raise ConfigError(f"cannot open {self.directory / 'lock'}: {error.strerror}", hint=hint) from error
 
+    @property
+    def _own_words(self) -> Path:
+        """Where a detached supervisor's stderr goes."""
+        return self.directory / "supervisor.log"
+
+    def open_own_words(self) -> IO[bytes]:
+        """Append to what detached supervisors say of themselves; anything but a file of ours is replaced."""
+        path, flags = self._own_words, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+        with contextlib.suppress(FileNotFoundError):
+            found = path.lstat()
+            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink > 1:
+                path.unlink()
+        try:
+            return os.fdopen(os.open(path, flags | os.O_CLOEXEC, 0o600), "ab")
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror}", hint=f"ls -ld {self.directory}") from error
+
+    def forget_own_words(self) -> None:
+        """Begin anew, as the one that holds the lock."""
+        with self.open_own_words() as file:
+            os.ftruncate(file.fileno(), 0)
+
+    def own_words(self) -> str:
+        """The last line a detached supervisor wrote, hints excepted: where it died of itself, that says of what."""
+        with contextlib.suppress(OSError):
+            lines = [line.strip() for line in _read(self._own_words).decode(errors="replace").split("\n")]
+            return next((line for line in reversed(lines) if line and not line.startswith("hint:")), "")
+        return ""
+
     def is_supervised(self) -> bool:
         """True while a supervisor lives."""
         try:
@@ -204,9 +243,21 @@ def lives(record: ServiceRecord) -> bool:
     return record.boot_id == processes.boot_id() and processes.is_same(record.pid, record.pid_created)
 
 
-def already_running(name: str) -> MdeployError:
+def _read(path: Path) -> bytes:
+    """A regular file, and nothing that could hang us or lead elsewhere. Raises OSError."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return file.read()
+
+
+class AlreadyRunningError(MdeployError):
+    """The name is taken: a supervisor holds its lock."""
+
+
+def already_running(name: str) -> AlreadyRunningError:
     """The error for a name that is taken."""
-    return MdeployError(
+    return AlreadyRunningError(
         f"service {name!r} is already running",
         hint=f"mdeploy stop {name}, or give the new one another name: --name NAME",
     )
@@ -255,20 +306,12 @@ def status(files: ServiceFiles) -> ServiceStatus:
     return _unsupervised(files, now, record) if record.phase in _ACTIVE else now
 
 
-def _last_words(files: ServiceFiles) -> str:
-    """The last line a detached supervisor wrote: where it died of itself, that says of what."""
-    with contextlib.suppress(OSError):
-        lines = (files.directory / "supervisor.log").read_text(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return ""
-
-
 def _unsupervised(files: ServiceFiles, now: ServiceStatus, record: ServiceRecord) -> ServiceStatus:
     """Nobody keeps the record true any more, so its active phase is a lie."""
     if record.boot_id != processes.boot_id():
         why = "the machine was restarted"
     else:
-        leftovers, last_words = processes.marked(record.run_id), _last_words(files)
+        leftovers, last_words = processes.marked(record.run_id), files.own_words()
         why = "its supervisor was killed" + (f" ({last_words})" if last_words else "")
         why += f"; {len(leftovers)} of its processes are still there" if leftovers else ""
     hint = f"mdeploy restart {record.name}, or mdeploy stop {record.name}"

@@ -38,15 +38,19 @@ _STRAGGLERS_S = 3.0
 _GPU_S = 15.0
 """How long a driver may take to give memory back after the processes that held it are gone."""
 
-_GPU_TOLERANCE_MIB = 256
+_GPU_POLL_S, _GPU_TOLERANCE_MIB = 1.0, 256
 
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """How a run ended: `cause` is None where that was asked for; `ready_s` None where it never was ready."""
+    """How a run ended: `cause` is None where that was asked for; `ready_s` None where it never was ready.
+
+    `stuck` says that processes of it would not die.
+    """
 
     cause: Diagnosis | None
     ready_s: float | None = None
+    stuck: bool = False
 
 
 class Supervisor:
@@ -69,6 +73,7 @@ class Supervisor:
         self._stops = self._reloads = 0
         self._served = resumed
         self._written: tuple[ServiceRecord, object] | None = None
+        self._complaint = ""
         pid = os.getpid()
         self._record = ServiceRecord(
             name=spec.name,
@@ -84,6 +89,8 @@ class Supervisor:
     def run(self) -> int:
         """Until the service is given up or a signal asks for the end; returns the exit code."""
         with self._files.locked():
+            if self._manager == "detached" and not self._resumed:
+                self._files.forget_own_words()
             previous = self._files.record()
             if self._resumed and not self._is_wanted(previous):
                 return ExitCode.OK
@@ -95,9 +102,9 @@ class Supervisor:
                 self._guard.dismiss()
             return code
 
-    def stop(self) -> None:
-        """Ask for the end; a second time, for a quick one."""
-        self._stops += 1
+    def stop(self, *, hurry: bool = False) -> None:
+        """Ask for the end. Asking again changes nothing, unless in a `hurry`: then what drains is cut short."""
+        self._stops = self._stops + 1 if hurry else max(self._stops, 1)
         self._world.wake()
 
     def reload(self) -> None:
@@ -109,7 +116,7 @@ class Supervisor:
 
     def _on_signals(self) -> None:
         def stop(number: int, frame: FrameType | None) -> None:
-            self.stop()
+            self.stop(hurry=number == signal.SIGINT)  # Ctrl-C once more; `mdeploy stop` may be typed by two people
 
         def reload(number: int, frame: FrameType | None) -> None:
             self.reload()
@@ -132,16 +139,15 @@ class Supervisor:
         """
         ready_s = None
         if previous and previous.boot_id == self._record.boot_id:
+            self._files.check_owner()
             processes.end_run(previous.run_id, self._files.segments().ours(), previous.scratch)
             ready_s = self._world.unix() - previous.since if previous.phase == "ready" else None
             if self._resumed:
-                self._record = replace(
-                    self._record,
-                    run_id=previous.run_id,
-                    scratch=previous.scratch,
-                    failures=previous.failures,
-                    restarts=previous.restarts,
-                )
+                self._record = replace(self._record, run_id=previous.run_id, scratch=previous.scratch)
+            if self._resumed or (self._manager == "systemd" and previous.phase != "stopped"):
+                # one more life of the same service: what went wrong before still counts
+                again = previous.restarts + (0 if self._resumed else 1)
+                self._record = replace(self._record, failures=previous.failures, restarts=again)
         if not self._resumed:
             return None
         return _End(causes.supervisor_killed(self._spec.name), ready_s)
@@ -153,7 +159,7 @@ class Supervisor:
             if end.cause is None:
                 return self._stopped()
             if self._stops:
-                return self._failed(end.cause, "")
+                return self._failed(end.cause, "") if end.stuck else self._stopped()
             ending = policy.Ending(self._world.unix(), end.ready_s, end.cause.permanent)
             verdict = policy.after(policy_, self._record.failures, ending, served=self._served)
             self._record = replace(self._record, failures=verdict.failures)
@@ -229,6 +235,7 @@ class Supervisor:
                 return self._stop(engine, free_before)
             if watch.ready.is_set() and ready_at is None:
                 ready_at = self._world.now()
+                self._now_ready(engine)
             status = engine.poll()
             engine.observe(starting=ready_at is None)
             cause = (
@@ -263,12 +270,16 @@ class Supervisor:
         if condition.state == "sick":
             self._write("unhealthy", condition.detail)
         elif self._record.phase != "ready":
-            self._served = True
-            engine.look()
-            self._record = replace(self._record, error=None, hint="")
             self._write("ready")
-            self._notifier.ready(f"ready on {self._spec.url}")
         return None
+
+    def _now_ready(self, engine: Engine) -> None:
+        """It has answered a real request."""
+        self._served = True
+        engine.look()
+        self._record = replace(self._record, error=None, hint="")
+        self._write("ready")
+        self._notifier.ready(f"ready on {self._spec.url}")
 
     def _ended(self, engine: Engine, status: int, was_ready: bool) -> Diagnosis:
         engine.end()  # after this its log is whole
@@ -280,7 +291,7 @@ class Supervisor:
         if self._guard:
             self._guard.keep()
         self._write(self._record.phase, self._record.detail)
-        if self._reloads and engine is not None:
+        if self._reloads and engine is not None and self._record.phase == "ready":
             self._reloads = 0
             self._pass_on_reload(engine)
 
@@ -300,7 +311,7 @@ class Supervisor:
         self._write("stopping")
         self._terminate(engine)
         survivors = self._clean_up(engine, free_before)
-        return _End(causes.will_not_die(survivors)) if survivors else _End(None)
+        return _End(causes.will_not_die(survivors), stuck=True) if survivors else _End(None)
 
     def _stopped(self) -> int:
         self._record = replace(self._record, engine_pid=None, error=None, hint="", failures=())
@@ -327,11 +338,12 @@ class Supervisor:
         if engine.poll() is not None:
             self._wait_while(engine.lives, _STRAGGLERS_S)
 
-    def _wait_while(self, going: Callable[[], bool], seconds: float) -> None:
+    def _wait_while(self, going: Callable[[], bool], seconds: float, pause_s: float = _PROMPT_S) -> None:
         asked, deadline = max(self._stops, 1), self._world.now() + seconds
         while going() and self._world.now() < deadline and self._stops <= asked:
             self._notifier.alive()
-            self._world.wait(_PROMPT_S)
+            self._notifier.more_time()
+            self._world.wait(pause_s)
 
     def _clean_up(self, engine: Engine, free_before: Mapping[int, int]) -> tuple[int, ...]:
         """End all of a run and wait until its GPUs have their memory back; returns what would not die."""
@@ -345,7 +357,7 @@ class Supervisor:
             held = {gpu: mib for gpu, mib in missing.items() if mib > _GPU_TOLERANCE_MIB}
             return bool(held)
 
-        self._wait_while(still_held, _GPU_S)
+        self._wait_while(still_held, _GPU_S, _GPU_POLL_S)
         if survivors:
             self._note(causes.will_not_die(survivors).cause)
         for gpu, mib in held.items():
@@ -372,11 +384,11 @@ class Supervisor:
         try:
             self._files.write_record(record)
         except ConfigError as error:
-            if self._written is not None:
+            if error.message != self._complaint:
                 complain(f"warning: {error.message}")
-            self._written = None
+            self._complaint = error.message
         else:
-            self._written = (record, self._files.record_stamp())
+            self._written, self._complaint = (record, self._files.record_stamp()), ""
 
 
 def complain(text: str) -> None:

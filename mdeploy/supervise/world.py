@@ -6,6 +6,7 @@ die on cue. `Machine` is the real one.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import select
@@ -23,6 +24,8 @@ from mdeploy.supervise.health import Condition, Health, HttpProber, Watch
 from mdeploy.supervise.logs import LogWriter
 from mdeploy.supervise.ports import check_port, listens
 from mdeploy.supervise.state import Segments, ServiceFiles
+
+_ECHO_LINES, _FLUSH_S = 10_000, 2.0
 
 Headers = Callable[[], Mapping[str, str]]
 
@@ -87,7 +90,7 @@ class Machine:
         free_mib: Callable[[], Mapping[int, int]],
     ) -> None:
         self._spec, self._files, self.free_mib = spec, files, free_mib
-        self._echo = None if manager == "detached" else _echo
+        self._echo = None if manager == "detached" else Echo()
         limits = spec.limits
         # Under systemd the journal keeps, rotates and dates what we print.
         self._writer = None if manager == "systemd" else LogWriter(files.log, limits.log_bytes, limits.log_files)
@@ -119,7 +122,8 @@ class Machine:
 
     def spawn(self, run_id: str, secrets: Mapping[str, str]) -> Engine:
         """See `World`."""
-        return Process(self._spec, run_id, secrets, self._writer, self._echo, self._remember)
+        echo = self._echo.write if self._echo else None
+        return Process(self._spec, run_id, secrets, self._writer, echo, self._remember)
 
     def watch(self, run_id: str, headers: Headers) -> Watching:
         """See `World`."""
@@ -132,7 +136,12 @@ class Machine:
         if self._writer:
             self._writer.note(text)
         if self._echo:
-            self._echo(f"mdeploy: {text}\n".encode())
+            self._echo.write(f"mdeploy: {text}\n".encode())
+
+    def close(self) -> None:
+        """Nothing more will be said."""
+        if self._echo:
+            self._echo.close()
 
     def _remember(self, segments: Segments) -> None:
         """For whoever clears up after us if we are killed; a full disk must not end a healthy service."""
@@ -142,10 +151,39 @@ class Machine:
             self.note(f"warning: {error.message}")
 
 
-def _echo(line: bytes) -> None:
-    """To our stdout; a reader that left must not stop the service."""
-    try:
-        sys.stdout.buffer.write(line)
-        sys.stdout.buffer.flush()
-    except OSError:
-        return
+class Echo(threading.Thread):
+    """Our stdout, from a thread of its own: a terminal in copy mode takes nothing, and must not stop the service.
+
+    What it does not take in time is dropped, the oldest lines first.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="echo", daemon=True)
+        self._lines: collections.deque[bytes] = collections.deque(maxlen=_ECHO_LINES)
+        self._news = threading.Semaphore(0)
+        self._over = False
+        self.start()
+
+    def write(self, line: bytes) -> None:
+        """Hand over a line, without waiting."""
+        self._lines.append(line)
+        self._news.release()
+
+    def run(self) -> None:
+        """Until it is closed, or the reader left."""
+        while True:
+            self._news.acquire()
+            try:
+                while self._lines:
+                    sys.stdout.buffer.write(self._lines.popleft())
+                    sys.stdout.buffer.flush()
+            except OSError:
+                return
+            if self._over:
+                return
+
+    def close(self) -> None:
+        """Let it print the rest, for as long as a reader may take."""
+        self._over = True
+        self._news.release()
+        self.join(_FLUSH_S)

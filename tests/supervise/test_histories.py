@@ -274,6 +274,20 @@ def test_an_engine_that_ignores_term_gets_its_time_and_no_more(live: Callable[..
     assert life.world.engines[0].ended
 
 
+def test_two_people_who_type_stop_do_not_cut_the_drain(live: Callable[..., Life]) -> None:
+    life = live(Script(ignores_term=True), stop_at=100)
+    life.world.at[101] = lambda: life.supervisor.stop()
+    assert life.run() == 0
+    assert life.world.now() == pytest.approx(130, abs=1)
+
+
+def test_ctrl_c_once_more_does(live: Callable[..., Life]) -> None:
+    life = live(Script(ignores_term=True))
+    life.world.at[100] = life.world.at[101] = lambda: life.supervisor.stop(hurry=True)
+    assert life.run() == 0
+    assert life.world.now() == pytest.approx(101, abs=1)
+
+
 def test_memory_a_gpu_does_not_give_back_is_waited_for_and_told(live: Callable[..., Life]) -> None:
     life = live(Script(), stop_at=100)
 

@@ -48,6 +48,15 @@ def test_misses_make_it_sick_and_only_misses_for_long_make_it_hung() -> None:
     assert "500" in liveness.condition(31).detail
 
 
+def test_a_front_that_is_slow_while_the_engine_works_is_not_hung() -> None:
+    liveness = Liveness(LIMITS, 0)
+    for now in range(10, 200, 10):
+        liveness.asked(now - 10)
+        liveness.answered(now, Health(False, "timed out"))
+        liveness.worked(now)
+    assert liveness.condition(200).state == "sick"
+
+
 def test_two_misses_are_an_accident_however_long_they_take() -> None:
     liveness = Liveness(LIMITS, 0)
     for now in (2, 14):
