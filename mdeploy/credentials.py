@@ -6,14 +6,17 @@ A key's value never enters a spec, an argv, a log or a message. It lies in HOME/
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import re
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mdeploy.errors import ConfigError, UsageError
+from mdeploy.errors import ConfigError, MdeployError, UsageError
 from mdeploy.paths import Paths, expand
 from mdeploy.settings import Settings
 from mdeploy.supervise import state
@@ -78,8 +81,38 @@ def find(settings: Settings, name: str, declared: str | None, base: Path) -> Key
         raise ConfigError(f"{declared}: {error.message}", hint="write another key there") from error
 
 
+@contextlib.contextmanager
+def locked(paths: Paths, name: str) -> Iterator[None]:
+    """One change of a service's keys at a time: of two new ones one would be void as soon as it is printed.
+
+    Raises MdeployError for the second, ConfigError where the keys are another user's.
+    """
+    path = paths.secrets / f".{name}.lock"
+    state.make_private(path.parent)
+    with private(path):
+        lock = path.open("a")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MdeployError(f"another command changes the keys of {name}", hint="wait for it to end") from error
+        yield
+
+
+@contextlib.contextmanager
+def private(path: Path) -> Iterator[None]:
+    """A key file that is not ours to read or write is told as such."""
+    try:
+        yield
+    except PermissionError as error:
+        raise ConfigError(f"{error.filename or path}: {error.strerror}", hint="as its owner: sudo mdeploy …") from error
+
+
 def keep(paths: Paths, name: str, key: Key | None) -> None:
-    """Write a key down for the service; a file that holds it already, first of all, is left as it is."""
+    """Write a key down for the service; a file that holds it already, first of all, is left as it is.
+
+    Call it under `locked`.
+    """
     file = key_file(paths, name)
     if key and not key.is_kept and not (file.exists() and first_key(file) == key.value):
         state.make_private(file.parent)

@@ -5,19 +5,25 @@ A user types `mdeploy stop chat` and need not know. Everything above goes throug
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import subprocess
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from mdeploy.errors import ConfigError, MdeployError, NotFoundError
+from mdeploy.errors import ConfigError, MdeployError, NotFoundError, UnavailableError
 from mdeploy.paths import Paths
-from mdeploy.specs import ServiceStatus
+from mdeploy.specs import ServiceSpec, ServiceStatus
 from mdeploy.supervise import control, state
 from mdeploy.supervise.state import ServiceFiles
 from mdeploy.systemd import manager
 from mdeploy.systemd.manager import Unit
 from mdeploy.systemd.systemctl import Shown
+
+if TYPE_CHECKING:
+    from mdeploy.systemd.install import Layout
 
 _POLL_S = 0.2
 _OVER = ("ready", "failed", "stopped")
@@ -40,7 +46,8 @@ def start(files: ServiceFiles, on_progress: OnProgress) -> ServiceStatus:
     if unit is None:
         return control.start_detached(files, on_progress)
     _check_idle(files, unit)
-    _refresh(files, unit)
+    if unit.scope == "user" or os.geteuid() == 0:  # else systemd will say who may start it
+        _refresh(unit, _layout(unit, files.spec()))
     before = files.record_stamp()
     manager.start(unit)
     return wait(files, unit, on_progress, before)
@@ -51,14 +58,55 @@ def _check_idle(files: ServiceFiles, unit: Unit) -> None:
         raise state.already_running(files.name)
 
 
-def _refresh(files: ServiceFiles, unit: Unit) -> None:
-    """The spec may have changed since the unit was written: another model, its first key."""
+def begin(files: ServiceFiles) -> None:
+    """Start a service and leave it to itself: for a command that was interrupted and must not wait."""
+    unit = manager.find(files.home, files.name)
+    if unit is not None:
+        manager.start(unit)
+        return
+    command, env = control.run_command(files)
+    with files.open_own_words() as errors:
+        subprocess.Popen(
+            [*command, "--manager", "detached"],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=errors,
+            stderr=errors,
+            start_new_session=True,
+            cwd="/",
+        )
+
+
+def write_spec(files: ServiceFiles, spec: ServiceSpec) -> None:
+    """Replace a spec and, where the service is a unit, what systemd was told of it.
+
+    A boot starts units without asking us: one that was not told of the first key would not start.
+    Raises ConfigError, with nothing changed, for what no unit can do.
+    """
+    unit = manager.find(files.home, files.name)
+    if unit is None:
+        files.write_spec(spec)
+        return
     if unit.scope == "system" and os.geteuid() != 0:
-        return  # systemd will say who may start it
+        raise MdeployError(f"{files.name} is a unit of this machine, which only root may change", hint="sudo mdeploy …")
+    plan = _layout(unit, spec)
+    files.write_spec(spec)
+    _refresh(unit, plan)
+
+
+def _layout(unit: Unit, spec: ServiceSpec) -> Layout:
     from mdeploy.systemd import host, install
 
-    if install.refresh(install.layout(files.spec(), unit.home, unit.scope, unit.user, host.look())):
-        unit.systemctl.run("daemon-reload")
+    return install.layout(spec, unit.home, unit.scope, unit.user, host.look())
+
+
+def _refresh(unit: Unit, plan: Layout) -> None:
+    """Bring what is installed to what the spec says; a systemd that does not run will read it when it does."""
+    from mdeploy.systemd import install
+
+    if install.refresh(plan) and plan.host.booted:
+        with contextlib.suppress(UnavailableError):
+            unit.systemctl.run("daemon-reload")
 
 
 def wait(
@@ -86,10 +134,7 @@ def _never_ran(unit: Unit, shown: Shown) -> MdeployError:
     what = _EXITS.get(shown.exit_status, f"it ended with {shown.result or 'success'} (status {shown.exit_status})")
     kind = ConfigError if shown.exit_status in _EXITS else MdeployError
     said = manager.last_complaint(unit)
-    return kind(
-        f"{unit.service}: {what}{': ' + said if said else ''}",
-        hint=f"journalctl {'--user ' if unit.scope == 'user' else ''}-u {unit.name}",
-    )
+    return kind(f"{unit.service}: {what}{': ' + said if said else ''}", hint=unit.journal)
 
 
 def stop(files: ServiceFiles) -> bool:
@@ -128,7 +173,8 @@ def _with_systemd(paths: Paths, status: ServiceStatus) -> ServiceStatus:
     unit = manager.find(paths.home, status.spec.name)
     if unit is None or not manager.is_restarting(unit):
         return status
-    return dataclasses.replace(status, phase="starting", detail=f"systemd starts it again after: {status.error}")
+    detail = f"systemd starts it again; before: {status.error}"
+    return dataclasses.replace(status, phase="starting", detail=detail, error=None, hint="")
 
 
 def listing_of_others(paths: Paths) -> tuple[ServiceStatus, ...]:

@@ -6,9 +6,11 @@ ready is taken back, with what it replaced put into place again, and the cause s
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -83,6 +85,7 @@ class Outcome:
 
 def preview(settings: Settings, request: Request, say: Say) -> Preview:
     """The files and commands of an installation; works for anybody, also where there is no systemd."""
+    _check_request(request)
     machine = host.look()
     files: dict[str, UnitFile] = {}
     commands: dict[str, None] = {}
@@ -104,11 +107,53 @@ def install_services(settings: Settings, request: Request, say: Say, on_progress
     Raises ConfigError with every finding before anything is changed. Where a service does not become
     ready, it alone is taken back, those after it are not begun, and its cause is raised.
     """
+    _check_request(request)
     machine = host.look()
     _check_allowed(request.scope, machine)
+    with _alone(request.scope):
+        return _install_all(settings, request, machine, say, on_progress)
+
+
+@contextlib.contextmanager
+def _alone(scope: Scope) -> Iterator[None]:
+    """One at a time: what one takes back, another may just have built on. Raises MdeployError for the second."""
+    directory = Path("/run") if scope == "system" else Path(Systemctl(scope).environment()["XDG_RUNTIME_DIR"])
+    with (directory / "mdeploy-install.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MdeployError("another install-systemd or uninstall-systemd is at work", hint="wait for it") from error
+        yield
+
+
+def _install_all(
+    settings: Settings, request: Request, machine: Host, say: Say, on_progress: OnProgress
+) -> tuple[Outcome, ...]:
     plans = [_layout(settings, request, spec, machine) for spec in _specs(settings, request, say, dry_run=False)]
     _raise_all([(plan, finding) for plan in plans for finding in _findings(settings, plan)])
-    return tuple(_install(settings, plan, request.start, say, on_progress) for plan in plans)
+    done: list[Outcome] = []
+    try:
+        for plan in plans:
+            done.append(_install(settings, plan, request.start, say, on_progress))
+    finally:
+        if len(done) < len(plans) > 1:
+            say(_how_far([outcome.status.spec.name for outcome in done], plans[len(done) + 1 :]))
+    return tuple(done)
+
+
+def _how_far(done: Sequence[str], rest: Sequence[Layout]) -> str:
+    """What an installation of several services that broke off leaves."""
+    later = [plan.resident.spec.name for plan in rest]
+    return f"installed before it: {', '.join(done) or 'none'}; not begun: {', '.join(later) or 'none'}"
+
+
+def _check_request(request: Request) -> None:
+    if request.user and request.scope == "user":
+        raise UsageError("--as goes with the machine's units", hint="a user unit runs as its user")
+    if request.user == "root":
+        raise UsageError("a service does not run as root", hint="leave out --as: the user mdeploy is made for it")
+    if request.user and not preflight.exists(request.user):
+        raise ConfigError(f"there is no user {request.user}", hint=f"useradd --system {shlex.quote(request.user)}")
 
 
 def _check_allowed(scope: Scope, machine: Host) -> None:
@@ -158,12 +203,6 @@ def _with_dependencies(settings: Settings, names: Sequence[str]) -> dict[str, Se
 
 def _layout(settings: Settings, request: Request, spec: ServiceSpec, machine: Host) -> Layout:
     home = settings.paths.home
-    if request.user and request.scope == "user":
-        raise UsageError("--as goes with the machine's units", hint="a user unit runs as its user")
-    if request.user == "root":
-        raise UsageError("a service does not run as root", hint="leave out --as: the user mdeploy is made for it")
-    if request.user and not preflight.exists(request.user):
-        raise ConfigError(f"there is no user {request.user}", hint=f"useradd --system {shlex.quote(request.user)}")
     if str(home) in _SYSTEM_TREES:
         raise ConfigError(f"MDEPLOY_HOME={home} belongs to the system", hint="set it to a directory of its own")
     return install.layout(spec, home, request.scope, request.user, machine)
@@ -208,7 +247,7 @@ def _install(settings: Settings, plan: Layout, start: bool, say: Say, on_progres
             say(f"{files.name} runs in the background: stopping it, systemd takes it over")
             transaction.take(step)
         changed = any([transaction.take(step) for step in install.steps(plan, say)])  # noqa: C419 all of them
-        started = start and (changed or not was_active)
+        started = changed if was_active else start  # what runs must not go on with files of another
         if started:
             with reservations.starting(settings.paths, plan.resident.spec):
                 before = files.record_stamp()
@@ -262,7 +301,10 @@ def _start(plan: Layout, *, is_new: bool) -> Step:
 def _wait(files: ServiceFiles, unit: Unit, on_progress: OnProgress, before: tuple[int, int, int] | None) -> None:
     status = dispatch.wait(files, unit, on_progress, before)
     if status.phase != "ready":
-        raise services.failure(status)
+        error = services.failure(status)
+        if "mdeploy logs" in error.hint:  # it will be no unit any more, and its log is in the journal
+            error.hint = error.hint.replace(f"mdeploy logs {files.name}", unit.journal)
+        raise error
 
 
 # uninstall
@@ -274,12 +316,15 @@ def uninstall(settings: Settings, names: Sequence[str], scope: Scope, say: Say) 
     No names mean every unit of this home. Raises NotFoundError for one that is not installed.
     """
     _check_allowed(scope, host.look())
-    chosen = _chosen(settings, names, scope)
-    for unit in chosen:
-        dispatch.stop(ServiceFiles(settings.paths, unit.service))
-        for step in _removal(unit, ()):
-            step.take()
-        say(f"{unit.service} is no unit any more; to start it in the background: mdeploy restart {unit.service}")
+    with _alone(scope):
+        chosen = _chosen(settings, names, scope)
+        if not chosen:
+            say(f"no {scope} units of {settings.paths.home}")
+        for unit in chosen:
+            dispatch.stop(ServiceFiles(settings.paths, unit.service))
+            for step in _removal(unit, ()):
+                step.take()
+            say(f"{unit.service} is no unit any more; to start it in the background: mdeploy restart {unit.service}")
     return tuple(unit.service for unit in chosen)
 
 

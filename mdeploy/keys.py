@@ -2,7 +2,8 @@
 
 A service is never open that was to have a key, whatever fails or is killed in between: a key is
 on the disk before the spec that asks for it, and goes after it. A service that must start again is
-stopped, changed and started; where that start fails, what was before comes back.
+stopped, changed and started; where that start fails or is interrupted, what was before comes back.
+A unit gets its keys from systemd, which learns of a change at once: a boot asks nobody.
 
 Engines that read their keys again on SIGHUP may have several; the first of the file is the one
 that probes and `mdeploy bench` use. vLLM takes one, and takes another by starting again.
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,14 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mdeploy import credentials, prepare, services
-from mdeploy.errors import ConfigError, MdeployError, NotReadyError, UsageError
+from mdeploy import credentials, dispatch, prepare, services
+from mdeploy.errors import MdeployError, NotReadyError, UsageError
 from mdeploy.settings import Settings
-from mdeploy.specs import ServiceSpec, ServiceStatus
+from mdeploy.specs import Say, ServiceSpec, ServiceStatus
 from mdeploy.supervise import processes, state
 from mdeploy.supervise.state import ServiceFiles
 
-OnProgress = Callable[[ServiceStatus], None]
 Effect = Literal["restarted", "reloaded", "at the next start"]
 
 _LONGEST = 1024
@@ -55,6 +54,14 @@ class Change:
     key: str | None = field(repr=False)
     keys: int
     effect: Effect
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Who hears of a change while it is made: looks at a service that starts, and lines."""
+
+    status: Callable[[ServiceStatus], None]
+    say: Say
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +96,7 @@ def _listed(settings: Settings, name: str) -> ServiceKeys:
     return ServiceKeys(name, _variable(setup.spec) in setup.spec.secrets, prints, since)
 
 
-def add(settings: Settings, name: str, key: str | None, on_progress: OnProgress) -> Change:
+def add(settings: Settings, name: str, key: str | None, listener: Listener) -> Change:
     """Give a service a key: its first, or one more where it can have several. Without `key` one is made.
 
     A running service that had none is started again with it. Raises UsageError where vLLM has one already.
@@ -101,10 +108,10 @@ def add(settings: Settings, name: str, key: str | None, on_progress: OnProgress)
             raise UsageError(f"{name} has a key, and its engine takes no second one", hint=hint)
         new = _fresh(before, key)
         after = _Setup(_asking(settings, before.spec), (new, *before.keys))
-        return Change(name, new, len(after.keys), _apply(settings, before, after, on_progress))
+        return Change(name, new, len(after.keys), _apply(settings, before, after, listener))
 
 
-def rotate(settings: Settings, name: str, key: str | None, on_progress: OnProgress, *, restart: bool = True) -> Change:
+def rotate(settings: Settings, name: str, key: str | None, listener: Listener, *, restart: bool = True) -> Change:
     """Replace all keys of a service by one new one; afterwards only that one opens it.
 
     A running service takes it over by a restart, or without one where it reloads. Without `restart`
@@ -117,12 +124,12 @@ def rotate(settings: Settings, name: str, key: str | None, on_progress: OnProgre
         new = _fresh(before, key)
         after = _Setup(before.spec, (new,))
         if not restart:
-            _write(settings, after)
+            _write_for_later(settings, before, after)
             return Change(name, new, len(after.keys), "at the next start")
-        return Change(name, new, len(after.keys), _apply(settings, before, after, on_progress))
+        return Change(name, new, len(after.keys), _apply(settings, before, after, listener))
 
 
-def remove(settings: Settings, name: str, on_progress: OnProgress, *, old: bool = False) -> Change:
+def remove(settings: Settings, name: str, listener: Listener, *, old: bool = False) -> Change:
     """Open a service to everybody who reaches it; with `old` only take away all keys but the newest.
 
     Raises UsageError where that would open it to other machines.
@@ -132,7 +139,7 @@ def remove(settings: Settings, name: str, on_progress: OnProgress, *, old: bool 
         if len(before.keys) < (2 if old else 1):
             raise UsageError(f"{name} has no {'older ' if old else ''}key", hint=f"mdeploy keys ls {name}")
         after = _Setup(before.spec, before.keys[:1]) if old else _Setup(_open(before.spec), ())
-        return Change(name, None, len(after.keys), _apply(settings, before, after, on_progress))
+        return Change(name, None, len(after.keys), _apply(settings, before, after, listener))
 
 
 # what there is
@@ -140,24 +147,9 @@ def remove(settings: Settings, name: str, on_progress: OnProgress, *, old: bool 
 
 @contextlib.contextmanager
 def _alone(settings: Settings, name: str) -> Iterator[None]:
-    """One change at a time: of two new keys one would be void as soon as it is printed."""
-    files, directory = services.files_of(settings, name), settings.paths.secrets
-    state.make_private(directory)
-    with _private(directory / f".{files.name}.lock"), (directory / f".{files.name}.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise MdeployError(f"another command changes the keys of {name}", hint="wait for it to end") from error
+    """One change at a time, to a service that there is. Raises NotFoundError."""
+    with credentials.locked(settings.paths, services.files_of(settings, name).name):
         yield
-
-
-@contextlib.contextmanager
-def _private(path: Path) -> Iterator[None]:
-    """A key file that is not ours to read or write is told as such."""
-    try:
-        yield
-    except PermissionError as error:
-        raise ConfigError(f"{error.filename or path}: {error.strerror}", hint="as its owner: sudo mdeploy …") from error
 
 
 def _setup(settings: Settings, name: str) -> _Setup:
@@ -165,7 +157,7 @@ def _setup(settings: Settings, name: str) -> _Setup:
     file = _file(settings, spec)
     if _variable(spec) not in spec.secrets:
         return _Setup(spec, ())
-    with _private(file):
+    with credentials.private(file):
         try:
             keys = tuple(dict.fromkeys(file.read_text(encoding="ascii", errors="replace").split()))
         except FileNotFoundError:  # the service does not start without it; `rotate` and `add` mend that
@@ -212,45 +204,103 @@ def _open(spec: ServiceSpec) -> ServiceSpec:
 def _write(settings: Settings, setup: _Setup) -> None:
     """Bring keys and spec to the disk, each whole, in the order that leaves no gate open."""
     file, files = _file(settings, setup.spec), ServiceFiles(settings.paths, setup.spec.name)
-    if setup.keys:
-        with _private(file):
-            state.write_atomically(file, "".join(f"{key}\n" for key in setup.keys).encode())
+    _write_keys(file, setup.keys)
     if files.spec() != setup.spec:
         with files.locked():
-            files.write_spec(setup.spec)
+            dispatch.write_spec(files, setup.spec)
     if not setup.keys:
-        with _private(file):
+        with credentials.private(file):
             file.unlink(missing_ok=True)
 
 
-def _apply(settings: Settings, before: _Setup, after: _Setup, on_progress: OnProgress) -> Effect:
+def _write_keys(file: Path, keys: tuple[str, ...]) -> None:
+    if keys:
+        with credentials.private(file):
+            state.write_atomically(file, "".join(f"{key}\n" for key in keys).encode())
+
+
+def _write_for_later(settings: Settings, before: _Setup, after: _Setup) -> None:
+    """Change what a service starts with the next time, whole or not at all."""
+    try:
+        _write(settings, after)
+    except BaseException:
+        with _undisturbed():
+            _write(settings, before)
+        raise
+
+
+def _apply(settings: Settings, before: _Setup, after: _Setup, listener: Listener) -> Effect:
     """Go from one setup to the other, a running service included; back again where it does not start."""
     files = ServiceFiles(settings.paths, before.spec.name)
     if not files.is_supervised():
-        _write(settings, after)
+        _write_for_later(settings, before, after)
         return "at the next start"
     same_spec, record = before.spec == after.spec, files.record()
+    # a unit's engine has a copy of its keys, which systemd made when it started
     can_reload = same_spec and after.spec.reloads and record is not None and record.manager != "systemd"
-    take_over = _reload if can_reload else _restart
-    try:
-        take_over(settings, after, on_progress)
-    except MdeployError as error:
-        raise _back(before, error, lambda: take_over(settings, before, on_progress)) from error
-    except BaseException:  # interrupted: nobody has seen the new key
-        _write(settings, before)
-        if can_reload:
-            _hang_up(files)
-        raise
+    take_over, undo = (_reload, _take_back) if can_reload else (_restart, _begin_as_before)
+    with _interrupted(before, lambda: undo(settings, before), listener.say):
+        try:
+            take_over(settings, after, listener)
+        except MdeployError as error:
+            raise _back(before, error, lambda: take_over(settings, before, listener)) from error
     return "reloaded" if can_reload else "restarted"
 
 
-def _restart(settings: Settings, setup: _Setup, on_progress: OnProgress) -> None:
+@contextlib.contextmanager
+def _interrupted(before: _Setup, undo: Callable[[], None], say: Say) -> Iterator[None]:
+    """An interrupt puts back what was, and says so: nobody has seen the new key."""
+    try:
+        yield
+    except MdeployError:
+        raise
+    except BaseException:
+        name = before.spec.name
+        with _undisturbed():
+            say(f"{name}: the change is taken back, it goes on {'with its old key' if before.keys else 'as before'}")
+            try:
+                undo()
+            except MdeployError as error:
+                say(f"{name}: that failed, {error.message}; mdeploy restart {name} starts it anew")
+        raise
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """What is half taken back is worse than either end: a second Ctrl-C must wait.
+
+    Handlers that do nothing, not SIG_IGN: what is started in here must not inherit it.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _restart(settings: Settings, setup: _Setup, listener: Listener) -> None:
     services.stop_service(settings, setup.spec.name)
     _write(settings, setup)
-    services.launch(settings, setup.spec.name, on_progress)
+    services.launch(settings, setup.spec.name, listener.status)
 
 
-def _reload(settings: Settings, setup: _Setup, on_progress: OnProgress) -> None:
+def _begin_as_before(settings: Settings, before: _Setup) -> None:
+    """Start the service with what it had; the old key comes first, lest a stop that fails leaves the new one."""
+    _write_keys(_file(settings, before.spec), before.keys)
+    services.stop_service(settings, before.spec.name)
+    _write(settings, before)
+    dispatch.begin(ServiceFiles(settings.paths, before.spec.name))
+
+
+def _take_back(settings: Settings, before: _Setup) -> None:
+    """Have the engine read its old keys again."""
+    _write(settings, before)
+    _hang_up(ServiceFiles(settings.paths, before.spec.name))
+
+
+def _reload(settings: Settings, setup: _Setup, listener: Listener) -> None:
     """Have the engine read its keys again and wait until the first of them is let in. Raises NotReadyError."""
     _write(settings, setup)
     _hang_up(ServiceFiles(settings.paths, setup.spec.name))

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdeploy import credentials, gpus, reservations, resolve
+from mdeploy import credentials, dispatch, gpus, reservations, resolve
 from mdeploy.credentials import KEY_VARIABLE as KEY_VARIABLE
 from mdeploy.credentials import Key
 from mdeploy.engines import store as engine_store
-from mdeploy.errors import ConfigError, UsageError
+from mdeploy.errors import ConfigError, MdeployError, UsageError
 from mdeploy.llm import command, facts, plan
 from mdeploy.paths import Paths, expand
 from mdeploy.reservations import Neighbours
@@ -176,11 +176,17 @@ def place(
 
 
 def save(settings: Settings, spec: ServiceSpec, key: Key | None) -> None:
-    """Write a spec and its key down, so that `mdeploy run NAME` has all it needs; never under a running service."""
-    files = ServiceFiles(settings.paths, spec.name)
-    with files.locked():
-        credentials.keep(settings.paths, spec.name, key)
-        files.write_spec(spec)
+    """Write a spec and its key down, so that `mdeploy run NAME` has all it needs; never under a running service.
+
+    Raises MdeployError where `mdeploy keys` changes the keys now, or has given it one since it was asked for none.
+    """
+    paths, name = settings.paths, spec.name
+    files = ServiceFiles(paths, name)
+    with credentials.locked(paths, name), files.locked():
+        if not spec.secrets and credentials.key_file(paths, name).exists():
+            raise MdeployError(f"{name} has got a key meanwhile", hint="run it again; it will ask for that key")
+        credentials.keep(paths, name, key)
+        dispatch.write_spec(files, spec)
 
 
 def asked_port(settings: Settings, flag: int | None) -> int | None:

@@ -10,7 +10,15 @@ from mdeploy import dispatch, gpus, reservations
 from mdeploy.bench.types import BenchTarget
 from mdeploy.engines import install as engine_install
 from mdeploy.engines import store as engine_store
-from mdeploy.errors import ConfigError, DoesNotFitError, MdeployError, NotFoundError, NotReadyError, UsageError
+from mdeploy.errors import (
+    ConfigError,
+    DoesNotFitError,
+    ExitCode,
+    MdeployError,
+    NotFoundError,
+    NotReadyError,
+    UsageError,
+)
 from mdeploy.llm import log
 from mdeploy.prepare import KEY_VARIABLE
 from mdeploy.settings import Settings

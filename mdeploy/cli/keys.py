@@ -11,7 +11,7 @@ from mdeploy.cli import options, output
 from mdeploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from mdeploy.keys import Change, ServiceKeys
+    from mdeploy.keys import Change, Listener, ServiceKeys
 
 _MOST_BYTES = 1 << 16
 
@@ -38,10 +38,9 @@ def add(context: typer.Context, name: Name, stdin: Stdin = False) -> None:
     have several, this is one more, and nothing is restarted. vLLM takes one.
     """
     from mdeploy import keys, settings
-    from mdeploy.cli.serve import Progress
 
     given = _given(name, context.args, stdin)
-    _tell(keys.add(settings.load(), name, given, Progress()), given)
+    _tell(keys.add(settings.load(), name, given, _listener()), given)
 
 
 def ls(
@@ -71,10 +70,9 @@ def rotate(
     engine can have several: keys add, tell them, keys rm --old.
     """
     from mdeploy import keys, settings
-    from mdeploy.cli.serve import Progress
 
     given = _given(name, context.args, stdin)
-    _tell(keys.rotate(settings.load(), name, given, Progress(), restart=not no_restart), given)
+    _tell(keys.rotate(settings.load(), name, given, _listener(), restart=not no_restart), given)
 
 
 def rm(
@@ -86,9 +84,15 @@ def rm(
     Refused where it listens for other machines.
     """
     from mdeploy import keys, settings
-    from mdeploy.cli.serve import Progress
 
-    _tell(keys.remove(settings.load(), name, Progress(), old=old), None)
+    _tell(keys.remove(settings.load(), name, _listener(), old=old), None)
+
+
+def _listener() -> Listener:
+    from mdeploy.cli.serve import Progress
+    from mdeploy.keys import Listener
+
+    return Listener(Progress(), output.say)
 
 
 def _given(name: str, surplus: list[str], stdin: bool) -> str | None:

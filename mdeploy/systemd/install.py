@@ -10,17 +10,16 @@ from pathlib import Path
 
 from mdeploy.errors import ConfigError
 from mdeploy.specs import Say, ServiceSpec
-from mdeploy.systemd import gate, needs, preflight, units
+from mdeploy.systemd import gate, handover, needs, preflight, units
 from mdeploy.systemd.host import Host
 from mdeploy.systemd.manager import Unit
 from mdeploy.systemd.manager import directory as unit_directory
 from mdeploy.systemd.needs import Needs
-from mdeploy.systemd.transaction import Owner, Step, Undo, command, enable, own, remove, remove_empty, run, verb, write
+from mdeploy.systemd.transaction import Step, Undo, command, enable, remove, remove_empty, run, verb, write
 from mdeploy.systemd.units import Program, Resident, Scope, Target, UnitFile
 
 _LINGER = Path("/var/lib/systemd/linger")
 CACHE = Path("/var/cache/mdeploy")
-_WRITTEN_BY_SERVICE = ("state.json", "shm.json", "forbidden", "log", "supervisor.log")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +52,8 @@ def layout(spec: ServiceSpec, home: Path, scope: Scope, user: str | None, host: 
             f"systemd {host.version} cannot hand a key over without showing it to others",
             hint=f"update to systemd {units.CREDENTIALS_SINCE}, or run {spec.name} with -d or --user",
         )
+    if scope == "system":
+        _check_secrets(spec, home)
     target = Target(scope, unit_directory(scope), host.version)
     program, wanted, place = needs.of_program(), needs.of_service(spec), str(home)
     runs_as = (user or units.DEFAULT_USER) if scope == "system" else pwd.getpwuid(os.getuid()).pw_name
@@ -62,14 +63,22 @@ def layout(spec: ServiceSpec, home: Path, scope: Scope, user: str | None, host: 
     return Layout(target, host, program, resident, wanted, tuple(_files(target, host, program, resident)))
 
 
+def _check_secrets(spec: ServiceSpec, home: Path) -> None:
+    """systemd reads these as root: a spec must not have any other file of the machine handed over."""
+    for file in spec.secrets.values():
+        if os.path.realpath(Path(file).parent) != os.path.realpath(home / "secrets"):
+            hint = f"mdeploy keys add {spec.name}, or serve it again with the key"
+            raise ConfigError(f"{spec.name} names {file} as a key file, which is not in {home}/secrets", hint=hint)
+
+
 def _files(target: Target, host: Host, program: Program, resident: Resident) -> Iterator[UnitFile]:
     if target.scope == "system":
         yield from [units.sysusers()] if resident.user == units.DEFAULT_USER else []
         yield units.tmpfiles()
         if resident.on_gpus and host.nvidia_modprobe:
             yield units.gpu_unit(target, host.nvidia_modprobe, host.gpu_minors)
-    yield units.template(target, program, needs.binds(program.trees))
-    yield units.dropin(target, resident)
+    yield units.template(target)
+    yield units.dropin(target, program, resident)
 
 
 def check(plan: Layout) -> tuple[preflight.Finding, ...]:
@@ -99,41 +108,7 @@ def _machine(plan: Layout) -> Iterator[Step]:
         yield command("systemd-sysusers", str(units.SYSUSERS))
     back = () if units.MODELS.exists() else ("rmdir", "--ignore-fail-on-non-empty", str(units.MODELS))
     yield command("systemd-tmpfiles", "--create", str(units.TMPFILES), undo=back)
-    yield from _ownership(plan.resident)
-
-
-def _ownership(resident: Resident) -> Iterator[Step]:
-    """The service may add files to its directory, but not replace its spec or its lock: those are root's (sticky bit).
-
-    Directories above are opened so that everybody can see how a service is. What keys are in is
-    closed: until now the home itself may have hidden it.
-    """
-    home, directory = Path(resident.home), Path(resident.directory)
-    group = group_of(resident.user)
-    yield own(home / "config.yaml", Owner(mode=0o600))
-    yield own(home / "secrets", Owner(mode=0o700))
-    yield own(home, Owner(mode=0o755))
-    yield own(home / "services", Owner(mode=0o755))
-    yield own(directory / "spec.json", Owner("root", "root", 0o644))
-    yield own(directory / "lock", Owner("root", group, 0o660), create=True)
-    for path in _records(directory):
-        yield own(path, Owner(resident.user, group))
-    yield own(directory, Owner("root", group, 0o1775))
-
-
-def group_of(user: str) -> str:
-    """A user's own group; for one that does not exist yet the group of its name, as sysusers.d makes it."""
-    import grp
-
-    try:
-        return grp.getgrgid(pwd.getpwnam(user).pw_gid).gr_name
-    except KeyError:
-        return user
-
-
-def _records(directory: Path) -> list[Path]:
-    rotated = sorted(path.name for path in directory.glob("log.*"))
-    return [directory / name for name in (*_WRITTEN_BY_SERVICE, *rotated) if (directory / name).is_file()]
+    yield from handover.give(plan.resident)
 
 
 def linger(user: str, say: Say) -> Step:
@@ -179,19 +154,8 @@ def removal(unit: Unit, *, last: bool) -> tuple[Step, ...]:
         remove(own_dropin),
         *(remove(path) for path in shared if last and path.exists()),
         verb(unit.systemctl, "daemon-reload"),
-        *(_give_back(unit) if unit.scope == "system" else []),
+        *(handover.take_back(unit) if unit.scope == "system" else []),
         *([remove_empty(CACHE, units.MODELS)] if unit.scope == "system" and last else []),
     )
 
 
-def _give_back(unit: Unit) -> Iterator[Step]:
-    """The directory belongs to the owner of the home again, private as before."""
-    home = unit.home
-    if not (home / "services" / unit.service).is_dir():
-        return
-    entry = pwd.getpwuid((home / "services").stat().st_uid)
-    owner, group = entry.pw_name, group_of(entry.pw_name)
-    directory = home / "services" / unit.service
-    yield own(directory, Owner(owner, group, 0o700))
-    for path in (directory / "spec.json", directory / "lock", *_records(directory)):
-        yield own(path, Owner(owner, group, 0o600))

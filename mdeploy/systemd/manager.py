@@ -30,6 +30,11 @@ class Unit:
         return unit_name(self.service)
 
     @property
+    def journal(self) -> str:
+        """How a person reads what systemd keeps of it."""
+        return f"journalctl {'--user ' if self.scope == 'user' else ''}-u {self.name}"
+
+    @property
     def systemctl(self) -> Systemctl:
         """The systemd that runs it."""
         return Systemctl(self.scope)

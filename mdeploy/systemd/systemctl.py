@@ -77,8 +77,14 @@ class Systemctl:
     def _call(self, words: Sequence[str]) -> subprocess.CompletedProcess[str]:
         command = [*self.command, "--no-ask-password", *words]
         try:
-            return subprocess.run(
-                command, env=self.environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            return subprocess.run(  # in a session of its own: a Ctrl-C is ours to act upon
+                command,
+                env=self.environment(),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+                start_new_session=True,
             )
         except FileNotFoundError as error:
             raise UnavailableError("there is no systemctl on this machine", hint="mdeploy serve llm -d") from error

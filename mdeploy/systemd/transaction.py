@@ -10,6 +10,7 @@ import grp
 import os
 import pwd
 import shlex
+import signal
 import stat
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -64,11 +65,29 @@ class Transaction:
         if error is None or not self._undos:
             return
         self._say("it failed: taking back what was changed")
-        for undo in (*reversed(self._undos), self._after):
-            try:
-                undo()
-            except (OSError, MdeployError) as problem:
-                self._say(f"warning: could not be taken back: {problem}")
+        with _undisturbed():
+            for undo in (*reversed(self._undos), self._after):
+                try:
+                    undo()
+                except Exception as problem:  # whatever it is, the others are still to be undone
+                    self._say(f"warning: could not be taken back: {str(problem) or type(problem).__name__}")
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A second Ctrl-C while things are taken back would leave them half taken back: let it pass.
+
+    By handlers of our own, because what is ignored stays ignored in the programs that are started here.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    caught = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in caught:
+        signal.signal(number, lambda number, frame: None)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, before[number])
 
 
 # files
@@ -184,15 +203,20 @@ def _own(path: Path, to: Owner, create: bool) -> Undo | None:
         if fd is None:
             return None
         before = _rights(fd)
-        after = (
-            pwd.getpwnam(to.user).pw_uid if to.user else before[0],
-            grp.getgrnam(to.group).gr_gid if to.group else before[1],
-            to.mode if to.mode is not None else before[2],
-        )
+        after = _wanted(to, before)
         if after == before:
             return None
         _give(fd, after)
     return lambda: _give_back(path, before)
+
+
+def _wanted(to: Owner, before: tuple[int, int, int]) -> tuple[int, int, int]:
+    try:
+        user = pwd.getpwnam(to.user).pw_uid if to.user else before[0]
+        group = grp.getgrnam(to.group).gr_gid if to.group else before[1]
+    except KeyError as error:
+        raise ConfigError(f"{to.user}:{to.group}: {error.args[0]}", hint="getent passwd; getent group") from error
+    return user, group, to.mode if to.mode is not None else before[2]
 
 
 def _give_back(path: Path, rights: tuple[int, int, int]) -> None:
@@ -244,7 +268,9 @@ def command(*words: str, undo: Sequence[str] = ()) -> Step:
 def run(words: Sequence[str]) -> None:
     """Run a command for its effect. Raises ConfigError."""
     try:
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        done = subprocess.run(  # in a session of its own: a Ctrl-C is ours to act upon
+            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, start_new_session=True
+        )
     except OSError as error:
         raise ConfigError(f"{words[0]} cannot be run: {error.strerror}", hint="install systemd's own tools") from error
     if done.returncode != 0:

@@ -73,8 +73,8 @@ class Program:
 class Resident:
     """One service on this machine: its spec and home, who runs it, what it must be shown.
 
-    `binds` are paths it reads that lie in hidden trees, `mounts` all it reads. `groups` own device
-    nodes that not everybody may open.
+    `binds` are paths that it or its program reads and that lie in hidden trees, `mounts` all it reads.
+    `groups` own device nodes that not everybody may open.
     """
 
     spec: ServiceSpec
@@ -108,8 +108,8 @@ def is_below(path: str, trees: Iterable[str]) -> bool:
 # files
 
 
-def template(target: Target, program: Program, binds: Sequence[str]) -> UnitFile:
-    """The unit every service shares."""
+def template(target: Target) -> UnitFile:
+    """The unit every service shares. Which program runs is each service's own: a machine may have several mdeploys."""
     system = target.scope == "system"
     after = "network-online.target remote-fs.target"
     if system:
@@ -124,11 +124,10 @@ def template(target: Target, program: Program, binds: Sequence[str]) -> UnitFile
         "StartLimitBurst=5",
         "",
         "[Service]",
-        *_life(program),
-        *(_system_limits() if system else []),
+        *_LIFE,
+        *(_SYSTEM_LIMITS if system else ()),
         "",
         *(_SANDBOX if system else ("NoNewPrivileges=yes",)),
-        *(f"BindReadOnlyPaths={quoting.word(path)}" for path in binds if system),
         "",
         "[Install]",
         f"WantedBy={'multi-user' if system else 'default'}.target",
@@ -137,29 +136,24 @@ def template(target: Target, program: Program, binds: Sequence[str]) -> UnitFile
     return UnitFile(str(target.directory / TEMPLATE), _text(known))
 
 
-def _life(program: Program) -> list[str]:
-    return [
-        "Type=notify",
-        "NotifyAccess=main",
-        f"ExecStart={quoting.command(program.python, '-m', 'mdeploy', 'run')} %i --manager systemd",
-        "WorkingDirectory=/",
-        "Restart=always",
-        "RestartSec=10",
-        "RestartPreventExitStatus=78",
-        "KillMode=mixed",
-        "TimeoutStartSec=10min",
-        f"WatchdogSec={_WATCHDOG_S}",
-        "OOMPolicy=stop",
-        "UMask=0077",
-        "LimitCORE=0",
-        "RestartSteps=4",
-        "RestartMaxDelaySec=2min",
-    ]
+_LIFE = (
+    "Type=notify",
+    "NotifyAccess=main",
+    "WorkingDirectory=/",
+    "Restart=always",
+    "RestartSec=10",
+    "RestartPreventExitStatus=78",
+    "KillMode=mixed",
+    "TimeoutStartSec=10min",
+    f"WatchdogSec={_WATCHDOG_S}",
+    "OOMPolicy=stop",
+    "UMask=0077",
+    "LimitCORE=0",
+    "RestartSteps=4",
+    "RestartMaxDelaySec=2min",
+)
 
-
-def _system_limits() -> list[str]:
-    return ["OOMScoreAdjust=-100", "LimitNOFILE=1048576", "LimitMEMLOCK=infinity", "TasksMax=infinity"]
-
+_SYSTEM_LIMITS = ("OOMScoreAdjust=-100", "LimitNOFILE=1048576", "LimitMEMLOCK=infinity", "TasksMax=infinity")
 
 _SANDBOX = (
     f"User={DEFAULT_USER}",
@@ -194,7 +188,7 @@ _SANDBOX = (
 )
 
 
-def dropin(target: Target, resident: Resident) -> UnitFile:
+def dropin(target: Target, program: Program, resident: Resident) -> UnitFile:
     """What one service needs beside the template. Raises ConfigError for a name that no unit can hold."""
     spec = resident.spec
     others = [unit_name(name) for name in spec.depends_on]
@@ -210,10 +204,13 @@ def dropin(target: Target, resident: Resident) -> UnitFile:
         *(f"RequiresMountsFor={quoting.word(path)}" for path in resident.mounts if target.scope == "system"),
         "",
         "[Service]",
+        "ExecStart=",
+        f"ExecStart={quoting.command(program.python, '-m', 'mdeploy', 'run')} %i --manager systemd",
         f"Environment={quoting.word(f'MDEPLOY_HOME={resident.home}')}",
         f"TimeoutStopSec={spec.limits.stop_timeout_s + _STOP_MARGIN_S:.0f}",
         *(["Restart=no"] if spec.restart == "never" else []),
-        *(["ExecReload=/bin/kill -HUP $MAINPID"] if spec.reloads else []),
+        # the system's services get copies of their keys, made when they start: reading these again changes nothing
+        *(["ExecReload=/bin/kill -HUP $MAINPID"] if spec.reloads and target.scope == "user" else []),
         *(_own_sandbox(resident) if target.scope == "system" else []),
     ]
     return UnitFile(str(target.directory / f"{unit_name(spec.name)}.d" / DROPIN), _text(lines))
@@ -222,6 +219,8 @@ def dropin(target: Target, resident: Resident) -> UnitFile:
 def _own_sandbox(resident: Resident) -> list[str]:
     home, directory = resident.home, resident.directory
     lines = [f"User={resident.user}"]
+    # of the user made for services it clears up after them; a person has more in /dev/shm than these
+    lines += ["RemoveIPC=no"] if resident.user != DEFAULT_USER else []
     lines += [f"SupplementaryGroups={' '.join(resident.groups)}"] if resident.groups else []
     if not is_below(home, HIDDEN):  # its neighbours, their keys and our settings are none of its business
         lines.append(f"TemporaryFileSystem={quoting.member(home, 'ro')}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +16,9 @@ from typing import Any
 import httpx
 import pytest
 
+from mdeploy import prepare, settings
+from mdeploy.errors import MdeployError
+from mdeploy.supervise.state import ServiceFiles
 from tests.support import Result, free_port, mdeploy, processes_with, ps, running, tiny_model, until
 
 pytestmark = pytest.mark.usefixtures("fake_engine")
@@ -233,16 +237,65 @@ def test_where_the_first_key_fails_the_service_is_open_as_before(home: Path, ope
     assert _status(open_service, None) == 200
 
 
-def test_an_interrupted_rotation_leaves_the_old_key(home: Path, service: str) -> None:
+def _interrupted(home: Path, verb: str, loads: Path) -> str:
+    """What a change says that is interrupted while the engine loads, and once more while it is taken back."""
     before = _record(home)["run_id"]
-    with running("keys", "rotate", "s", FAKE_VLLM_MODE="never-answers") as process:
+    loads.touch()
+    with running("keys", verb, "s", FAKE_VLLM_LOADS=str(loads)) as process:
+        assert process.stderr is not None
         until(lambda: _record(home)["run_id"] not in ("", before), what="it is started with the new key")
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
+        said = ""
+        while "taken back" not in said:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        process.send_signal(signal.SIGINT)
+        out, rest = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
+    loads.unlink()
+    until(lambda: (ps("s") or {})["phase"] == "ready", what="the service is back without another command")
+    return said + rest
+
+
+def test_an_interrupted_rotation_goes_on_with_the_old_key(home: Path, service: str, tmp_path: Path) -> None:
+    said = _interrupted(home, "rotate", tmp_path / "loads")
+    assert "with its old key" in said
+    assert said.endswith("interrupted\n")
     assert _file(home).read_text().split() == [OLD]
-    assert mdeploy("restart", "s").code == 0
-    assert _status(service, OLD) == 200
+    assert [_status(service, k) for k in (OLD, None)] == [200, 401]
+
+
+def test_an_interrupted_first_key_leaves_the_service_open(home: Path, open_service: str, tmp_path: Path) -> None:
+    before = _spec(home)
+    said = _interrupted(home, "add", tmp_path / "loads")
+    assert "as before" in said
+    assert said.endswith("interrupted\n")
+    assert (_spec(home), _file(home).exists()) == (before, False)
+    assert _status(open_service, None) == 200
+
+
+def test_serve_and_keys_do_not_change_a_key_at_once(home: Path, service: str, model: Path) -> None:
+    assert mdeploy("stop", "s").code == 0
+    before = _spec(home)
+    again = ("serve", "llm", model, "--name", "s", "-d")
+    with (home / "secrets/.s.lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        served = mdeploy(*again, MDEPLOY_API_KEY=NEW)
+        assert (served.code, _spec(home), _file(home).read_text().split()) == (1, before, [OLD])
+        assert "another command changes the keys of s" in served.stderr
+    assert mdeploy(*again, MDEPLOY_API_KEY=NEW).code == 0
+    assert _file(home).read_text().split() == [NEW]
+
+
+def test_a_key_that_came_while_a_service_was_planned_without_one(home: Path, open_service: str) -> None:
+    assert mdeploy("stop", "s").code == 0
+    loaded = settings.load()
+    planned = ServiceFiles(loaded.paths, "s").spec()
+    assert _keys("add", "s").code == 0
+    with pytest.raises(MdeployError, match="has got a key meanwhile"):
+        prepare.save(loaded, planned, None)
+    assert _spec(home)["secrets"] != {}
 
 
 def test_of_two_rotations_at_once_one_is_done_and_its_key_works(home: Path, service: str) -> None:

@@ -65,9 +65,13 @@ class Box:
 
     def mdeploy(self, *words: str | Path, user: str | None = None, timeout: float = 60, **env: str) -> Result:
         """Run our command line, as root or as another user."""
-        become = ("setpriv", "--reuid", user, "--regid", user, "--init-groups") if user else ()
-        variables = {**({"HOME": f"/home/{user}"} if user else {}), **env}
-        return self.run(*become, sys.executable, "-m", "mdeploy", *words, timeout=timeout, **variables)
+        command = (sys.executable, "-m", "mdeploy", *words)
+        if user is None:
+            return self.run(*command, timeout=timeout, **env)
+        # env in between: setpriv itself still has root's rights when it looks for a program
+        become = ("setpriv", "--reuid", user, "--regid", user, "--init-groups", "env")
+        with self.open_root():
+            return self.run(*become, *command, timeout=timeout, **{"HOME": f"/home/{user}", **env})
 
     def python(self, code: str, *words: str) -> str:
         """Run Python as root in the box; modules of the tests can be imported."""

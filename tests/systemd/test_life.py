@@ -146,15 +146,14 @@ def test_the_key_shows_nowhere_but_in_the_engine(service: Box) -> None:
 
 
 def test_an_ordinary_user_sees_it_and_may_not_stop_it(service: Box) -> None:
-    with service.open_root():
-        seen = service.ps("s", user="alice")
-        assert seen is not None
-        assert (seen["phase"], seen["manager"], seen["port"]) == ("ready", "systemd", 8000)
-        assert "s " in service.mdeploy("ps", user="alice").stdout
-        refused = service.mdeploy("stop", "s", user="alice", MDEPLOY_HOME=HOME)
-        assert refused.code == 1
-        assert "sudo" in refused.stderr
-        assert service.run("setpriv", "--reuid=alice", "--regid=alice", "--clear-groups", "cat", _KEY_FILE).code != 0
+    seen = service.ps("s", user="alice")
+    assert seen is not None
+    assert (seen["phase"], seen["manager"], seen["port"]) == ("ready", "systemd", 8000)
+    assert "s " in service.mdeploy("ps", user="alice").stdout
+    refused = service.mdeploy("stop", "s", user="alice", MDEPLOY_HOME=HOME)
+    assert refused.code == 1
+    assert "sudo" in refused.stderr
+    assert service.run("setpriv", "--reuid=alice", "--regid=alice", "--clear-groups", "cat", _KEY_FILE).code != 0
     assert service.ask(8000, KEY) == 200
 
 

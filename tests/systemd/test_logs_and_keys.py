@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.support import free_port
+from tests.support import free_port, until
 from tests.systemd.box import HOME, MODEL, Box
 
 STAMP = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ")
@@ -80,6 +80,45 @@ def test_keys_of_a_unit(box: Box, port: int) -> None:
     assert second not in box.ok("systemctl", "cat", "mdeploy@s") + box.mdeploy("logs", "s").stdout
     assert box.mdeploy("keys", "rm", "s").code == 0
     assert box.ask(port) == 200
+
+
+def test_systemd_starts_a_stopped_unit_with_the_keys_it_has_by_now(box: Box, port: int) -> None:
+    """As a boot does: nobody asks mdeploy before."""
+    for words, env, open_to_all in (
+        (("keys", "add", "s"), {}, False),
+        (("keys", "rm", "s"), {}, True),
+        (("serve", "llm", MODEL, "--name", "s", "--port", str(port)), {"MDEPLOY_API_KEY": "sk-served"}, False),
+    ):
+        run = box.state("s")["run_id"]
+        assert box.mdeploy("stop", "s").code == 0
+        changed = box.mdeploy(*words, **env)
+        assert "systemd runs it" in changed.stderr if env else changed.code == 0, changed.stderr
+        box.ok("systemctl", "start", "mdeploy@s")
+        box.ready("s", after=run)
+        key = env.get("MDEPLOY_API_KEY") or changed.stdout.strip()
+        assert (box.ask(port), box.ask(port, key)) == (200 if open_to_all else 401, 200)
+
+
+def test_an_interrupted_rotation_of_a_unit_goes_on_with_the_old_key(box: Box, port: int) -> None:
+    old = box.mdeploy("keys", "add", "s").stdout.strip()
+    loads = f"{HOME}/services/s/loads"
+    box.engine_env("s", FAKE_VLLM_LOADS=loads)
+    box.ok("touch", loads)
+    before = box.state("s")["run_id"]
+    rotate = box.command("sh", "-c", 'echo $$; exec "$@"', "sh", sys.executable, "-m", "mdeploy", "keys", "rotate", "s")
+    with subprocess.Popen(
+        rotate, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        pid = process.stdout.readline().strip()
+        until(lambda: box.state("s")["run_id"] not in ("", before), what="it is started with the new key")
+        box.ok("kill", "-INT", pid)
+        out, said = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert "s: the change is taken back, it goes on with its old key" in said
+    box.ok("rm", loads)
+    box.ready("s", after=before)
+    assert (box.ask(port), box.ask(port, old)) == (401, 200)
 
 
 def test_a_key_of_a_unit_that_does_not_start_with_it(box: Box, port: int) -> None:

@@ -47,7 +47,6 @@ def test_a_user_unit_from_install_to_uninstall(alice: Box) -> None:
     assert alice.mdeploy("restart", "u", user="alice").code == 0
     alice.ok("loginctl", "terminate-user", "alice")
     alice.reboot()
-    alice.ok("chmod", "755", "/root")
     until(lambda: (s := alice.ps("u", user="alice")) and s["phase"] == "ready", 40, "it is back after a boot")
     assert alice.ask(8020) == 200
     gone = alice.mdeploy("uninstall-systemd", "u", "--user", user="alice")
