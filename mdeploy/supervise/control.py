@@ -123,8 +123,7 @@ def _is_gone_after(files: ServiceFiles, sig: int, patience_s: float) -> bool:
     while True:
         record = files.record()
         lives = record is not None and state.lives(record)
-        over = not lives or (record is not None and record.phase in ("stopped", "failed"))
-        if over and not files.is_supervised():
+        if not lives and not files.is_supervised():
             return True
         if record and lives and record.pid != signalled:
             if sig == signal.SIGKILL:

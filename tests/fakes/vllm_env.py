@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 VERSION = "0.32.0"
@@ -30,7 +31,8 @@ import argparse, http.server, json, mmap, os, signal, subprocess, sys, threading
 
 CORE = """
 import os, signal, sys, time
-path = "/dev/shm/psm_fake%d" % os.getpid()
+import zlib
+path = "/dev/shm/psm_fake%08x_%d" % (zlib.crc32(os.environ.get("MDEPLOY_HOME", "").encode()), os.getpid())
 fd = os.open(path, os.O_CREAT | os.O_RDWR)
 os.ftruncate(fd, 4096)
 import mmap
@@ -144,6 +146,12 @@ core.wait()
 log("EngineCore died")
 sys.exit(0)
 '''
+
+
+def segments(home: Path) -> set[str]:
+    """Shared memory of the stand-ins of one home, and of no other test's."""
+    mark = zlib.crc32(str(home).encode())
+    return {path.name for path in Path("/dev/shm").glob(f"psm_fake{mark:08x}_*")}
 
 
 def make(root: Path, version: str = f"{VERSION}+cpu") -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.vllm_env import segments
 from tests.support import free_port, listens, mdeploy, processes_with, ps, running, tiny_model, until
 
 pytestmark = pytest.mark.usefixtures("fake_engine")
@@ -34,12 +35,8 @@ def _left(home: Path) -> list[int]:
     return processes_with(f"MDEPLOY_RUN_ID={_state(home)['run_id']}")
 
 
-def _shm() -> set[str]:
-    return {p.name for p in Path("/dev/shm").glob("psm_fake*")}
-
-
 def test_serve_ps_stop(home: Path, model: Path) -> None:
-    before, port = _shm(), free_port()
+    before, port = segments(home), free_port()
     result = _serve(model, "--port", str(port), "--json")
     assert result.code == 0, result.stderr
     service = result.json["service"]
@@ -48,12 +45,12 @@ def test_serve_ps_stop(home: Path, model: Path) -> None:
     assert service["url"] == f"http://127.0.0.1:{port}"
     assert "asking for a first token" in result.stderr
     assert len(_left(home)) == 2  # the API server and its core
-    assert len(_shm() - before) == 1
+    assert len(segments(home) - before) == 1
     assert mdeploy("stop", "s").code == 0
     assert (ps("s") or {})["phase"] == "stopped"
     assert _left(home) == []
     assert not listens(port)
-    assert _shm() == before
+    assert segments(home) == before
     again = mdeploy("stop", "s")
     assert (again.code, again.stderr) == (0, "s was not running\n")
 
@@ -84,25 +81,25 @@ def _is_back(home: Path, old_run: str) -> bool:
 
 @pytest.mark.parametrize("which", ["core", "engine", "supervisor"])
 def test_kill_9_is_mended(home: Path, model: Path, which: str) -> None:
-    before, port = _shm(), free_port()
+    before, port = segments(home), free_port()
     assert _serve(model, "--port", str(port)).code == 0
     run = _state(home)["run_id"]
     os.kill(_victim(home, which), signal.SIGKILL)
     until(lambda: _is_back(home, run), what="ready again")
     assert processes_with(f"MDEPLOY_RUN_ID={run}") == []
-    assert len(_shm() - before) == 1
+    assert len(segments(home) - before) == 1
     assert ((ps("s") or {})["restarts"], (ps("s") or {})["error"]) == (1, None)
     assert "starting again in 1 s" in (home / "services/s/log").read_text()
     assert mdeploy("stop", "s").code == 0
     assert _left(home) == []
     assert processes_with(f"MDEPLOY_HOME={home}") == []
     assert not listens(port)
-    assert _shm() == before
+    assert segments(home) == before
 
 
 @pytest.mark.parametrize("which", ["core", "engine", "supervisor"])
 def test_kill_9_of_a_service_that_is_never_restarted(home: Path, model: Path, which: str) -> None:
-    before, port = _shm(), free_port()
+    before, port = segments(home), free_port()
     assert _serve(model, "--port", str(port)).code == 0
     _respec(home, "never")
     assert mdeploy("restart", "s").code == 0
@@ -110,11 +107,11 @@ def test_kill_9_of_a_service_that_is_never_restarted(home: Path, model: Path, wh
     failed = until(lambda: (s := ps("s")) and s["phase"] == "failed" and s, 5, "ps tells of the death")
     assert failed["pid"] is None
     assert failed["error"]
-    until(lambda: not _left(home) and _shm() == before, what="it is cleared without being asked")
+    until(lambda: not _left(home) and segments(home) == before, what="it is cleared without being asked")
     assert mdeploy("stop", "s").code == 0
     assert _left(home) == []
     assert not listens(port)
-    assert _shm() == before
+    assert segments(home) == before
     assert mdeploy("restart", "s").code == 0
     assert (ps("s") or {})["phase"] == "ready"
 
@@ -183,14 +180,14 @@ def _guards(home: Path) -> list[int]:
 
 def test_everything_killed_at_once(home: Path, model: Path) -> None:
     """Nobody is left to mend it; what there is to see is true, and the next command clears it."""
-    before = _shm()
+    before = segments(home)
     assert _serve(model).code == 0
     for pid in processes_with(f"MDEPLOY_HOME={home}"):
         os.kill(pid, signal.SIGKILL)
     until(lambda: (ps("s") or {})["phase"] == "failed", 5)
     assert mdeploy("restart", "s").code == 0
     assert mdeploy("stop", "s").code == 0
-    assert _shm() == before
+    assert segments(home) == before
 
 
 def test_a_torn_record_is_written_again(home: Path, model: Path) -> None:
