@@ -27,7 +27,7 @@ from mdeploy.supervise import control, state
 from mdeploy.supervise.causes import Words
 from mdeploy.supervise.guard import Guard
 from mdeploy.supervise.secrets import first_key
-from mdeploy.supervise.state import ServiceFiles
+from mdeploy.supervise.state import AlreadyRunningError, ServiceFiles
 from mdeploy.supervise.supervisor import Supervisor
 from mdeploy.supervise.world import Machine
 from mdeploy.systemd import manager as units
@@ -143,6 +143,24 @@ def _with_code(error: MdeployError, code: int) -> MdeployError:
 def list_services(settings: Settings) -> tuple[ServiceStatus, ...]:
     """The truth about every service, by name."""
     return dispatch.listing(settings.paths)
+
+
+def restart_service(settings: Settings, name: str, on_progress: Callable[[ServiceStatus], None]) -> ServiceStatus:
+    """End a service and start it again. Nothing is ended that could not be started again for want of a spec or a disk.
+
+    Where somebody else starts it at the same moment, theirs is the start that is waited for.
+    """
+    files = ServiceFiles(settings.paths, name)
+    files.spec()
+    files.check_writable()
+    dispatch.stop(files)
+    try:
+        return launch(settings, name, on_progress)
+    except AlreadyRunningError:
+        status = control.wait_settled(files, on_progress)
+    if status.phase == "ready":
+        return status
+    raise failure(status)
 
 
 def stop_service(settings: Settings, name: str) -> bool:

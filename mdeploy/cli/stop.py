@@ -55,8 +55,7 @@ def restart(names: Names = None, everything: All = False, as_json: options.JsonF
     started: list[ServiceStatus] = []
 
     def one(name: str) -> None:
-        services.stop_service(loaded, name)
-        started.append(services.launch(loaded, name, Progress()))
+        started.append(services.restart_service(loaded, name, Progress()))
         output.say(f"{name} is ready: {started[-1].spec.url}/v1")
 
     def running() -> list[str]:

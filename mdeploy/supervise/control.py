@@ -90,6 +90,16 @@ def _wait_started(
         time.sleep(_POLL_S)
 
 
+def wait_settled(files: ServiceFiles, on_progress: Callable[[ServiceStatus], None]) -> ServiceStatus:
+    """Wait for a start that somebody else began; returns the status it ends in."""
+    while True:
+        now = state.status(files)
+        on_progress(now)
+        if now.phase in ("ready", "failed") or not files.is_supervised():
+            return state.status(files)
+        time.sleep(_POLL_S)
+
+
 def _supervisor_died(files: ServiceFiles) -> MdeployError:
     if files.is_supervised():
         return state.already_running(files.name)

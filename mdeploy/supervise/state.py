@@ -110,6 +110,13 @@ class ServiceFiles:
             hint = "serve it again to write a new one"
             raise ConfigError(f"{path} was written by another version or is damaged", hint=hint) from error
 
+    def check_writable(self) -> None:
+        """Raises ConfigError where a supervisor could not write its record: a full disk, another user's directory."""
+        if os.access(self.directory, os.W_OK):
+            path = self.directory / ".probe"
+            write_atomically(path, b"x" * 4096)
+            path.unlink()
+
     def write_spec(self, spec: ServiceSpec) -> None:
         """Replace the spec."""
         self.create()
@@ -228,7 +235,7 @@ class ServiceFiles:
         try:
             with (self.directory / "lock").open() as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             return False
         except PermissionError:  # somebody else's service: its process can be seen all the same
             record = self.record()
@@ -264,7 +271,10 @@ def already_running(name: str) -> AlreadyRunningError:
 
 
 def names(paths: Paths) -> tuple[str, ...]:
-    """All services with a spec."""
+    """All services with a spec. Raises ConfigError where they may not be seen: none is not the same."""
+    if paths.services.is_dir() and not os.access(paths.services, os.R_OK | os.X_OK):
+        hint = "act as the user it belongs to (root: sudo), or set MDEPLOY_HOME to a home of your own"
+        raise ConfigError(f"cannot read {paths.services}: it belongs to another user", hint=hint)
     found = sorted(paths.services.glob("*/spec.json")) if paths.services.is_dir() else []
     return tuple(path.parent.name for path in found if _NAME.fullmatch(path.parent.name))
 

@@ -138,6 +138,8 @@ class Supervisor:
         Returns how that run ended, where we come to go on with the service.
         """
         ready_s = None
+        if previous is None:  # damaged: its processes cannot be named, what they shared can
+            processes.unlink_shared_memory(self._files.segments().ours(), timeout_s=0.0)
         if previous and previous.boot_id == self._record.boot_id:
             self._files.check_owner()
             processes.end_run(previous.run_id, self._files.segments().ours(), previous.scratch)
@@ -255,8 +257,9 @@ class Supervisor:
         if watch.refusals >= _REFUSALS:
             return causes.refuses(self._spec.name, watch.last.detail)
         if self._world.now() - started > seconds:
+            seen = watch.refusal or watch.last.detail
             self._terminate(engine)
-            return causes.too_late(self._spec.name, seconds, watch.last.detail)
+            return causes.too_late(self._spec.name, seconds, seen)
         step = self._words.progress(engine.lines()) or "starting the engine"
         self._write("starting", f"{step}: {watch.refusal}" if watch.refusal else step)
         self._notifier.more_time()

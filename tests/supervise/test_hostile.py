@@ -48,8 +48,7 @@ def test_of_two_serves_of_one_name_one_wins_with_its_own_spec(model: Path) -> No
 def test_two_restarts_at_once_leave_it_running(model: Path) -> None:
     assert mdeploy("serve", "llm", model, "--name", "s", "-d").code == 0
     with running("restart", "s") as first, running("restart", "s") as second:
-        codes = {first.wait(60), second.wait(60)}
-    assert 0 in codes
+        assert (first.wait(60), second.wait(60)) == (0, 0)
     assert (ps("s") or {})["phase"] == "ready"
 
 
@@ -160,6 +159,37 @@ def test_a_damaged_spec_hides_nobody_and_can_be_stopped(home: Path, model: Path)
     assert mdeploy("stop", "bad").code == 0
     assert processes_with(f"MDEPLOY_RUN_ID={run_id}") == []
     assert mdeploy("serve", "llm", model, "--name", "bad", "-d").code == 0
+
+
+def test_restart_does_not_end_what_it_could_not_start_again(home: Path, model: Path) -> None:
+    assert mdeploy("serve", "llm", model, "--name", "s", "-d").code == 0
+    run_id, spec = _state(home)["run_id"], home / "services/s/spec.json"
+    whole = spec.read_bytes()
+    spec.write_bytes(whole[:100])
+    refused = mdeploy("restart", "s")
+    assert refused.code == 78
+    assert "damaged" in refused.stderr
+    assert processes_with(f"MDEPLOY_RUN_ID={run_id}")
+    spec.write_bytes(whole)
+    assert (ps("s") or {})["phase"] == "ready"
+
+
+def test_services_of_another_user_are_not_no_services(home: Path, model: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("becoming another user needs root")
+    assert mdeploy("serve", "llm", model, "--name", "s", "-d").code == 0
+    for directory in (home, *home.parents):
+        if directory.stat().st_uid == 0 and directory != Path("/tmp"):
+            directory.chmod(directory.stat().st_mode | 0o055)
+    code = (
+        "import os, sys; from pathlib import Path; from mdeploy.errors import ConfigError\n"
+        "from mdeploy.paths import Paths; from mdeploy.supervise import state\n"
+        "os.setgid(65534), os.setuid(65534)\n"
+        "try: state.names(Paths(Path(sys.argv[1])))\n"
+        "except ConfigError as error: print(error.message)\n"
+    )
+    asked = subprocess.run([sys.executable, "-c", code, str(home)], capture_output=True, text=True, check=True)
+    assert "belongs to another user" in asked.stdout
 
 
 def test_stop_goes_on_after_a_name_that_is_unknown(model: Path) -> None:
