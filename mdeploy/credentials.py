@@ -1,7 +1,8 @@
 """The API key of a service: where it comes from, whether it may be one, and the file it is kept in.
 
 A key's value never enters a spec, an argv, a log or a message. It lies in HOME/secrets/NAME.api-key,
-0600, one key a line; its fingerprint is what may be shown and compared.
+0600, one key a line; its fingerprint is what may be shown and compared. Whoever changes that file holds
+HOME/secrets/.NAME.lock.
 """
 
 from __future__ import annotations

@@ -37,6 +37,11 @@ _EXITS = {
     243: "systemd cannot hand over its key file",
 }
 
+_RESULTS = {
+    "oom-kill": "the kernel killed one of its processes for want of memory (oom-kill)",
+    "success": "something else than mdeploy or systemd ended it",
+}
+
 OnProgress = Callable[[ServiceStatus], None]
 
 
@@ -154,11 +159,7 @@ def _settle(files: ServiceFiles) -> None:
     record = files.record()
     if record is None or record.phase == "stopped" or not os.access(files.directory, os.W_OK):
         return
-    path = files.directory / "state.json"
-    owner = path.stat()
     files.write_record(dataclasses.replace(record, phase="stopped", since=time.time(), detail="", error=None, hint=""))
-    if os.geteuid() == 0:  # the service must be able to replace it
-        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def listing(paths: Paths) -> tuple[ServiceStatus, ...]:
@@ -167,13 +168,20 @@ def listing(paths: Paths) -> tuple[ServiceStatus, ...]:
 
 
 def _with_systemd(paths: Paths, status: ServiceStatus) -> ServiceStatus:
-    """A failed service that systemd is about to start again is starting."""
-    if status.manager != "systemd" or status.phase != "failed":
+    """A service that ended and that systemd is about to start again is starting.
+
+    It may well say `stopped`: systemd asks a service to end whose processes took too much memory.
+    """
+    if status.manager != "systemd" or status.phase not in ("failed", "stopped"):
         return status
     unit = manager.find(paths.home, status.spec.name)
-    if unit is None or not manager.is_restarting(unit):
+    if unit is None:
         return status
-    detail = f"systemd starts it again; before: {status.error}"
+    shown = unit.systemctl.show(unit.name)
+    if shown.sub != "auto-restart":
+        return status
+    why = status.error or _RESULTS.get(shown.result, f"it ended with {shown.result}")
+    detail = f"systemd starts it again; before: {why}"
     return dataclasses.replace(status, phase="starting", detail=detail, error=None, hint="")
 
 

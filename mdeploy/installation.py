@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mdeploy import dispatch, reservations, services
+from mdeploy import dispatch, reservations, services, snapshot
 from mdeploy.errors import ConfigError, MdeployError, NotFoundError, UnavailableError, UsageError
 from mdeploy.settings import Settings
 from mdeploy.specs import Say, ServiceSpec, ServiceStatus
@@ -28,28 +28,15 @@ from mdeploy.systemd.install import Layout
 from mdeploy.systemd.manager import Unit
 from mdeploy.systemd.preflight import Finding
 from mdeploy.systemd.systemctl import Systemctl
-from mdeploy.systemd.transaction import Step, Transaction, Undo
+from mdeploy.systemd.transaction import Step, Transaction, Undo, undisturbed
 from mdeploy.systemd.units import Scope, UnitFile
 
 Change = Literal["installed", "updated", "started", "unchanged"]
 OnProgress = Callable[[ServiceStatus], None]
 
 FILE = "mdeploy.yaml"
-_SYSTEM_TREES = (
-    "/",
-    "/bin",
-    "/boot",
-    "/dev",
-    "/etc",
-    "/lib",
-    "/lib64",
-    "/proc",
-    "/run",
-    "/sbin",
-    "/sys",
-    "/usr",
-    "/var",
-)
+_SYSTEM_NAMES = ("bin", "boot", "dev", "etc", "lib", "lib64", "proc", "run", "sbin", "sys", "usr", "var")
+_SYSTEM_TREES = ("/", *(f"/{name}" for name in _SYSTEM_NAMES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +76,7 @@ def preview(settings: Settings, request: Request, say: Say) -> Preview:
     machine = host.look()
     files: dict[str, UnitFile] = {}
     commands: dict[str, None] = {}
-    for spec in _specs(settings, request, say, dry_run=True):
+    for spec in _specs(settings, request, say):
         plan = _layout(settings, request, spec, machine)
         files.update({file.path: file for file in plan.files})
         steps = (
@@ -129,12 +116,14 @@ def _alone(scope: Scope) -> Iterator[None]:
 def _install_all(
     settings: Settings, request: Request, machine: Host, say: Say, on_progress: OnProgress
 ) -> tuple[Outcome, ...]:
-    plans = [_layout(settings, request, spec, machine) for spec in _specs(settings, request, say, dry_run=False)]
-    _raise_all([(plan, finding) for plan in plans for finding in _findings(settings, plan)])
+    specs = _specs(settings, request, lambda text: None)
+    plans = [_layout(settings, request, spec, machine) for spec in specs]
+    keys = _file(request) is None  # of a file they are written with the spec
+    _raise_all([(plan, finding) for plan in plans for finding in _findings(settings, plan, keys=keys)])
     done: list[Outcome] = []
     try:
         for plan in plans:
-            done.append(_install(settings, plan, request.start, say, on_progress))
+            done.append(_install(settings, request, plan, say, on_progress))
     finally:
         if len(done) < len(plans) > 1:
             say(_how_far([outcome.status.spec.name for outcome in done], plans[len(done) + 1 :]))
@@ -169,13 +158,17 @@ def _check_allowed(scope: Scope, machine: Host) -> None:
     Systemctl(scope).run("show-environment")  # a user's own systemd may not run: better known before than halfway
 
 
-def _specs(settings: Settings, request: Request, say: Say, *, dry_run: bool) -> tuple[ServiceSpec, ...]:
-    """The services meant: named, of the file, or all that are known; dependencies come first."""
-    file = request.file or (Path(FILE) if not request.names and Path(FILE).is_file() else None)
+def _file(request: Request) -> Path | None:
+    return request.file or (Path(FILE) if not request.names and Path(FILE).is_file() else None)
+
+
+def _specs(settings: Settings, request: Request, say: Say) -> tuple[ServiceSpec, ...]:
+    """The services meant: named, of the file as they would be, or all that are known; dependencies come first."""
+    file = _file(request)
     if file is not None:
         from mdeploy.fleet import prepare_specs
 
-        return prepare_specs(settings, file, request.names, say, dry_run=dry_run)
+        return prepare_specs(settings, file, request.names, say, dry_run=True)
     names = request.names or state.names(settings.paths)
     if not names:
         hint = f"serve one first: mdeploy serve llm -d, or write {FILE}"
@@ -211,7 +204,7 @@ def _layout(settings: Settings, request: Request, spec: ServiceSpec, machine: Ho
 # findings
 
 
-def _findings(settings: Settings, plan: Layout) -> list[Finding]:
+def _findings(settings: Settings, plan: Layout, *, keys: bool = True) -> list[Finding]:
     spec, found = plan.resident.spec, []
     other = manager.of_others(settings.paths.home, spec.name)
     if other and plan.target.scope == "system":
@@ -222,48 +215,95 @@ def _findings(settings: Settings, plan: Layout) -> list[Finding]:
             check_port(spec.host, spec.port)
         except ConfigError as error:
             found.append(Finding(error.message, error.hint))
-    return [*found, *(install.check(plan) if plan.target.scope == "system" else [])]
+    return [*found, *(install.check(plan, keys=keys) if plan.target.scope == "system" else [])]
 
 
 def _is_active(settings: Settings, name: str) -> bool:
     return ServiceFiles(settings.paths, name).is_supervised()
 
 
-def _raise_all(findings: Sequence[tuple[Layout, Finding]]) -> None:
+def _raise_all(findings: Sequence[tuple[Layout, Finding]], what: str = "nothing was changed") -> None:
     if not findings:
         return
     lines = [f"{plan.resident.spec.name}: {finding.problem}\n    fix: {finding.fix}" for plan, finding in findings]
-    raise ConfigError("nothing was changed, because\n  " + "\n  ".join(lines), hint="mend these and run it again")
+    raise ConfigError(f"{what}, because\n  " + "\n  ".join(lines), hint="mend these and run it again")
 
 
 # one service
 
 
-def _install(settings: Settings, plan: Layout, start: bool, say: Say, on_progress: OnProgress) -> Outcome:
+def _install(settings: Settings, request: Request, plan: Layout, say: Say, on_progress: OnProgress) -> Outcome:
     unit, files = plan.unit, ServiceFiles(settings.paths, plan.resident.spec.name)
-    was_installed, was_active = manager.find(settings.paths.home, files.name) is not None, manager.is_active(unit)
-    with Transaction(say, lambda: _as_before(unit, was_active)) as transaction:
+    installed, was_active = manager.find(settings.paths.home, files.name), manager.is_active(unit)
+
+    def as_before() -> None:
+        """The end of a rollback: the files are those of before, so systemd is to do what they say."""
+        unit.systemctl.run("daemon-reload")
+        if was_active:
+            manager.start(unit)
+
+    with Transaction(say, as_before) as transaction:
+        is_new_spec = transaction.take(_prepare(settings, request, files.name, say, as_before))
+        plan = _looked_at_again(settings, request, plan)
         for step in _stop_detached(settings, plan):
             say(f"{files.name} runs in the background: stopping it, systemd takes it over")
             transaction.take(step)
-        changed = any([transaction.take(step) for step in install.steps(plan, say)])  # noqa: C419 all of them
-        started = changed if was_active else start  # what runs must not go on with files of another
+        if was_active and installed and installed.user != unit.user:
+            transaction.take(_stop_before_reload(unit))
+        changed = any([is_new_spec, *[transaction.take(step) for step in install.steps(plan, say)]])
+        started = changed if was_active else request.start  # what runs must not go on with files of another
         if started:
             with reservations.starting(settings.paths, plan.resident.spec):
                 before = files.record_stamp()
-                transaction.take(_start(plan, is_new=not was_installed))
+                transaction.take(_start(plan, is_new=installed is None))
                 _wait(files, unit, on_progress, before)
     change: Change = "started" if started else "unchanged"
     if changed:
-        change = "updated" if was_installed else "installed"
+        change = "updated" if installed else "installed"
     return Outcome(unit.name, change, state.status(files))
 
 
-def _as_before(unit: Unit, was_active: bool) -> None:
-    """The end of a rollback: the files are those of before, so systemd is to do what they say."""
-    unit.systemctl.run("daemon-reload")
-    if was_active:
-        manager.start(unit)
+def _prepare(settings: Settings, request: Request, name: str, say: Say, as_before: Undo) -> Step:
+    """Write what a file says of one service, which ends one that runs with something else; undone, it is as it was."""
+    file = _file(request)
+
+    def take() -> Undo | None:
+        if file is None:
+            return None
+        from mdeploy.fleet import prepare_specs
+
+        before = snapshot.take(settings.paths, name)
+        try:
+            prepare_specs(settings, file, [name], say)
+        except BaseException:
+            with undisturbed():
+                before.restore()
+                as_before()
+            raise
+        return before.restore if before.is_changed() else None
+
+    return Step(f"mdeploy up --file {file} {name}", take)
+
+
+def _looked_at_again(settings: Settings, request: Request, planned: Layout) -> Layout:
+    """A file's service as it was written: its key is new, its model may have been downloaded only now."""
+    if _file(request) is None:
+        return planned
+    spec = ServiceFiles(settings.paths, planned.resident.spec.name).spec()
+    plan = _layout(settings, request, spec, planned.host)
+    findings = [(plan, finding) for finding in _findings(settings, plan)]
+    _raise_all(findings, f"{spec.name} was not installed")
+    return plan
+
+
+def _stop_before_reload(unit: Unit) -> Step:
+    """End what runs as another user: reloaded, systemd would clear all of that user's shared memory at its end."""
+
+    def take() -> Undo:
+        manager.stop(unit)
+        return lambda: None  # the end of a rollback starts it
+
+    return Step(shlex.join([*unit.systemctl.command, "stop", unit.name]), take)
 
 
 def _stop_detached(settings: Settings, plan: Layout) -> tuple[Step, ...]:
@@ -274,7 +314,7 @@ def _stop_detached(settings: Settings, plan: Layout) -> tuple[Step, ...]:
 
     def take() -> Undo:
         control.stop(files)
-        return lambda: control.start_detached(files, lambda status: None)
+        return lambda: dispatch.begin(files)
 
     return (Step(f"mdeploy stop {files.name}", take),)
 

@@ -2,12 +2,19 @@
 
 HOME/                        $MDEPLOY_HOME
 ├── config.yaml              optional settings
-├── services/NAME/           one directory a service, 0700
-│   ├── spec.json            what to run (ServiceSpec)
-│   ├── state.json           what runs (ServiceRecord), replaced atomically
-│   ├── lock                 held by the supervisor for as long as it lives
-│   ├── log, log.1 …         output of the engine, rotated by size
-├── secrets/NAME             0600, one value a file
+├── services/
+│   ├── .planning .applying  locks: one plans GPUs and ports, one applies a file at a time
+│   ├── .claims/NAME         the GPUs and port of a service that is about to start
+│   └── NAME/                one directory a service, 0700; under a unit root:GROUP 1775
+│       ├── spec.json        what to run (ServiceSpec)
+│       ├── state.json       what runs (ServiceRecord), replaced atomically
+│       ├── lock             held by the supervisor for as long as it lives
+│       ├── shm.json         shared memory of the run, to be cleared after it
+│       ├── forbidden        the supervisor that was killed and must not be succeeded
+│       ├── log, log.1 …     output of the engine, rotated by size
+│       ├── supervisor.log   what a detached supervisor itself has to say
+│       └── revisions/       what was applied, one JSON file each, 0700
+├── secrets/NAME.api-key     0600, one key a line, the first is the one in use
 ├── engines/NAME/            one environment an engine; engine.json is written last
 └── bench/                   results
 """

@@ -32,10 +32,11 @@ def register(app: typer.Typer) -> None:
 
 
 def add(context: typer.Context, name: Name, stdin: Stdin = False) -> None:
-    """Give a service a key; print it.
+    """Give a service a key; print the one that was made.
 
-    A service without a key is started again with it. Where the engine can
-    have several, this is one more, and nothing is restarted. vLLM takes one.
+    A running service without a key is started again with it. Where the
+    engine can have several, this is one more: it is reloaded, or as a unit
+    of systemd started again. vLLM takes one.
     """
     from mdeploy import keys, settings
 
@@ -63,11 +64,12 @@ def rotate(
     stdin: Stdin = False,
     no_restart: Annotated[bool, typer.Option("--no-restart", help="Let it come into force at the next start.")] = False,
 ) -> None:
-    """Replace all keys of a service by one new one; print it.
+    """Replace all keys of a service by one new one; print the one that was made.
 
     A running service is started again with it, or told to reload where it
-    can. If that fails, the old key comes back. To give clients time where an
-    engine can have several: keys add, tell them, keys rm --old.
+    can. If that fails or is interrupted, the old key comes back. To give
+    clients time where an engine can have several: keys add, tell them,
+    keys rm --old.
     """
     from mdeploy import keys, settings
 
@@ -81,7 +83,8 @@ def rm(
 ) -> None:
     """Remove the keys of a service: it is open then.
 
-    Refused where it listens for other machines.
+    A running service is started again without them. Refused where it listens
+    for other machines; --old leaves the newest key, and is not.
     """
     from mdeploy import keys, settings
 

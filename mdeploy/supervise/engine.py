@@ -55,6 +55,9 @@ class Engine(Protocol):
     def frozen(self) -> tuple[int, ...]:
         """Processes of it that are stopped by a signal."""
 
+    def lost(self) -> tuple[int, ...]:
+        """Processes of it that were there and are gone, each told once."""
+
     def signal(self, number: int) -> None:
         """Signal the main process."""
 
@@ -139,6 +142,12 @@ class Process:
         """See `Engine`."""
         stopped = (pid for pid in {self.pid, *self._pids} if processes.is_frozen(pid))
         return tuple(pid for pid in stopped if processes.is_marked(pid, self._run_id))  # and no reused pid
+
+    def lost(self) -> tuple[int, ...]:
+        """See `Engine`."""
+        gone = tuple(pid for pid in self._pids if not processes.is_marked(pid, self._run_id))
+        self._pids = tuple(pid for pid in self._pids if pid not in gone)
+        return gone
 
     def signal(self, number: int) -> None:
         """See `Engine`."""

@@ -121,6 +121,7 @@ class Liveness:
         self._frozen: float | None = None
         self._misses = self._failures = 0
         self._last = self._reply = Health(True)
+        self._doubt = ""
 
     def asked(self, now: float) -> None:
         """A health check goes out."""
@@ -141,7 +142,7 @@ class Liveness:
         """It came back, or failed. One that is refused or shed says nothing of the engine behind."""
         self._question = None
         if health.ok or health.refused or health.busy:
-            self._failures, self._reply = 0, Health(True)
+            self._failures, self._reply, self._doubt = 0, Health(True), ""
         else:
             self._failures, self._reply = self._failures + 1, health
 
@@ -152,6 +153,10 @@ class Liveness:
     def frozen(self, now: float, pids: Sequence[int]) -> None:
         """These processes of the service are stopped (SIGSTOP)."""
         self._frozen = None if not pids else self._frozen if self._frozen is not None else now
+
+    def lost(self, pids: Sequence[int]) -> None:
+        """These processes of the service died: until a real request is answered again, nobody knows what that means."""
+        self._doubt = f"process {' '.join(map(str, pids))} of it died" if pids else self._doubt
 
     def condition(self, now: float) -> Condition:
         """What all that says."""
@@ -179,8 +184,8 @@ class Liveness:
         asked = self._asked
         if asked is not None and now - asked > _SLOW_S:
             return Condition("sick", f"no answer to a health check for {now - asked:.0f} s")
-        if self._failures:
-            return Condition("sick", self._reply.detail)
+        if self._failures or self._doubt:
+            return Condition("sick", self._reply.detail or self._doubt)
         return None
 
 
@@ -208,7 +213,7 @@ class Watch:
 
     def __init__(self, prober: Prober, limits: Limits, is_ours: Callable[[], bool], answer_s: float) -> None:
         self._prober, self._limits, self._is_ours, self._answer_s = prober, limits, is_ours, answer_s
-        self._stopping = threading.Event()
+        self._stopping, self._doubts = threading.Event(), threading.Event()
         self._liveness: Liveness | None = None
         self.ready = threading.Event()
         self.refusals = 0
@@ -222,13 +227,17 @@ class Watch:
     def stop(self) -> None:
         """Ask the threads to end; they do after the probe under way."""
         self._stopping.set()
+        self._doubts.set()
 
-    def condition(self, frozen: Sequence[int]) -> Condition:
-        """How a service is that was ready; `frozen` are its stopped processes."""
+    def condition(self, frozen: Sequence[int], lost: Sequence[int]) -> Condition:
+        """How a service is that was ready; `frozen` are its stopped processes, `lost` those that died just now."""
         liveness, now = self._liveness, time.monotonic()
         if liveness is None:
             return Condition("well")
         liveness.frozen(now, frozen)
+        liveness.lost(lost)
+        if lost:
+            self._doubts.set()
         return liveness.condition(now)
 
     def _check(self) -> None:
@@ -259,9 +268,13 @@ class Watch:
     def _question(self, liveness: Liveness) -> None:
         """Ask for real now and then, where no client's requests show that the engine works."""
         work, pause = _Work(self._prober), self._limits.answer_interval_s
-        while not self._stopping.wait(pause):
+        while True:
+            in_doubt = self._doubts.wait(pause)
+            if self._stopping.is_set():
+                return
+            self._doubts.clear()
             pause = self._limits.answer_interval_s
-            if work.got_on():
+            if not in_doubt and work.got_on():
                 liveness.worked(time.monotonic())
             else:
                 pause = pause if self._ask_for_real(liveness) else min(pause, _AGAIN_S)

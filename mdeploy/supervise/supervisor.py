@@ -267,7 +267,7 @@ class Supervisor:
 
     def _serving(self, engine: Engine, watch: Watching) -> Diagnosis | None:
         """Look at an engine that has answered; the cause where it hangs and must go."""
-        condition = watch.condition(engine.frozen())
+        condition = watch.condition(engine.frozen(), engine.lost())
         if condition.state == "hung":
             return causes.hangs(self._spec.name, condition.detail)
         if condition.state == "sick":

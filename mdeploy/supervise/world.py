@@ -44,8 +44,8 @@ class Watching(Protocol):
     def stop(self) -> None:
         """Ask no more."""
 
-    def condition(self, frozen: Sequence[int]) -> Condition:
-        """How a service is that was ready; `frozen` are its stopped processes."""
+    def condition(self, frozen: Sequence[int], lost: Sequence[int]) -> Condition:
+        """How a service is that was ready; `frozen` are its stopped processes, `lost` those that died just now."""
 
 
 class World(Protocol):

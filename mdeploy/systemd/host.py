@@ -69,5 +69,5 @@ def _groups() -> Iterator[str]:
             and seen.st_mode & stat.S_IWGRP
             and seen.st_gid
         ):
-            with contextlib.suppress(KeyError):  # systemd takes no group without a name; preflight finds the node closed
+            with contextlib.suppress(KeyError):  # systemd takes no group without a name
                 yield grp.getgrgid(seen.st_gid).gr_name

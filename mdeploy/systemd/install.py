@@ -81,9 +81,9 @@ def _files(target: Target, host: Host, program: Program, resident: Resident) -> 
     yield units.dropin(target, program, resident)
 
 
-def check(plan: Layout) -> tuple[preflight.Finding, ...]:
+def check(plan: Layout, *, keys: bool) -> tuple[preflight.Finding, ...]:
     """What would keep the service from running under systemd; empty where nothing does."""
-    return preflight.check(plan.resident, plan.needs, plan.program.python, plan.host)
+    return preflight.check(plan.resident, plan.needs, plan.program.python, plan.host, keys=keys)
 
 
 # install
@@ -157,5 +157,3 @@ def removal(unit: Unit, *, last: bool) -> tuple[Step, ...]:
         *(handover.take_back(unit) if unit.scope == "system" else []),
         *([remove_empty(CACHE, units.MODELS)] if unit.scope == "system" and last else []),
     )
-
-

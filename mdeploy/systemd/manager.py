@@ -99,11 +99,6 @@ def is_active(unit: Unit) -> bool:
     return unit.systemctl.asks("is-active", unit.name) in ("active", "activating", "reloading", "deactivating")
 
 
-def is_restarting(unit: Unit) -> bool:
-    """True in the pause between a failure and the start that systemd makes of itself."""
-    return unit.systemctl.show(unit.name).sub == "auto-restart"
-
-
 def journal_command(
     unit: Unit, since: float | None, lines: int | None, *, follow: bool = False, output: str = "cat"
 ) -> list[str]:

@@ -66,11 +66,19 @@ def account(name: str, device_groups: Sequence[str]) -> Account:
     return Account(name, entry.pw_uid, entry.pw_gid, (*os.getgrouplist(name, entry.pw_gid), *more))
 
 
-def check(resident: Resident, needs: Needs, program: str, host: Host) -> tuple[Finding, ...]:
-    """Everything that is wrong with a service, all at once. To be called as root."""
+def check(resident: Resident, needs: Needs, program: str, host: Host, *, keys: bool = True) -> tuple[Finding, ...]:
+    """Everything that is wrong with a service, all at once; to be called as root.
+
+    Without `keys` they are not looked at: they are written later.
+    """
     who = account(resident.user, resident.groups)
     denied = _denied(tuple(_wanted(needs, program)), resident.binds, who)
-    return (*_keys(resident), *_port(resident), *_nodes(resident, host, who), *_findings(denied, who, needs.data))
+    return (
+        *(_keys(resident) if keys else ()),
+        *_port(resident),
+        *_nodes(resident, host, who),
+        *_findings(denied, who, needs.data),
+    )
 
 
 # keys, port, devices

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from mdeploy.errors import ConfigError, MdeployError
+from mdeploy.errors import ConfigError
 from mdeploy.specs import Say
 from mdeploy.systemd.systemctl import Systemctl
 from mdeploy.systemd.units import UnitFile
@@ -65,7 +65,7 @@ class Transaction:
         if error is None or not self._undos:
             return
         self._say("it failed: taking back what was changed")
-        with _undisturbed():
+        with undisturbed():
             for undo in (*reversed(self._undos), self._after):
                 try:
                     undo()
@@ -74,7 +74,7 @@ class Transaction:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """A second Ctrl-C while things are taken back would leave them half taken back: let it pass.
 
     By handlers of our own, because what is ignored stays ignored in the programs that are started here.

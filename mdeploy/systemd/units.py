@@ -9,7 +9,7 @@ without @resources (NUMA binding), the default size of a private /dev/shm (tenso
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import statistics
 import sys
 import time
@@ -49,6 +50,7 @@ class Tally:
 def main() -> int:
     """Run all rounds; print a table and, last, one line of JSON."""
     asked = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every `finally`
     end = time.monotonic() + asked.seconds
     dice, tallies, violations = random.Random(asked.seed), dict[str, Tally](), list[str]()
     print(f"seed {asked.seed}", flush=True)

@@ -15,6 +15,7 @@ import os
 import signal
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--engines-home", type=Path, help="an MDEPLOY_HOME that has vLLM; else it is installed")
     parser.add_argument("--stand-in", action="store_true", help="with the tests' stand-in engine: only a rehearsal")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every `finally`
     load = os.getloadavg()[0]
     with stand_in() if asked.stand_in else real_vllm(asked.engines_home) as service:
         bare(service)  # fills the page cache, and is not counted

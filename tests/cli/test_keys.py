@@ -261,7 +261,7 @@ def _interrupted(home: Path, verb: str, loads: Path) -> str:
 def test_an_interrupted_rotation_goes_on_with_the_old_key(home: Path, service: str, tmp_path: Path) -> None:
     said = _interrupted(home, "rotate", tmp_path / "loads")
     assert "with its old key" in said
-    assert said.endswith("interrupted\n")
+    assert "error" not in said
     assert _file(home).read_text().split() == [OLD]
     assert [_status(service, k) for k in (OLD, None)] == [200, 401]
 
@@ -270,7 +270,7 @@ def test_an_interrupted_first_key_leaves_the_service_open(home: Path, open_servi
     before = _spec(home)
     said = _interrupted(home, "add", tmp_path / "loads")
     assert "as before" in said
-    assert said.endswith("interrupted\n")
+    assert "error" not in said
     assert (_spec(home), _file(home).exists()) == (before, False)
     assert _status(open_service, None) == 200
 

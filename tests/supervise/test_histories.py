@@ -55,6 +55,9 @@ class ScriptedEngine:
     def frozen(self) -> tuple[int, ...]:
         return ()
 
+    def lost(self) -> tuple[int, ...]:
+        return ()
+
     def signal(self, number: int) -> None:
         self.terminated = self._world.now()
 
@@ -87,7 +90,7 @@ class ScriptedWatch:
     def stop(self) -> None:
         self._world.on_tick = lambda: None
 
-    def condition(self, frozen: Sequence[int]) -> Condition:
+    def condition(self, frozen: Sequence[int], lost: Sequence[int]) -> Condition:
         hangs = self._script.hangs
         hung = hangs is not None and self._world.now() - self._start >= hangs
         return Condition("hung", "no answer") if hung else Condition("well")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mdeploy.specs import Limits
-from mdeploy.supervise.health import Health, Liveness
+from mdeploy.supervise.health import Condition, Health, Liveness
 
 LIMITS = Limits(health_interval_s=2, health_timeout_s=10, hang_timeout_s=60)
 OK, BROKEN = Health(True), Health(False, "answered 500")
@@ -116,6 +116,17 @@ def test_a_stopped_process_is_sick_at_once_and_hung_in_the_end() -> None:
     assert liveness.condition(41).state == "hung"
     liveness.frozen(42, [])
     assert liveness.condition(42).state == "well"
+
+
+def test_a_process_that_died_makes_it_sick_until_a_request_is_answered() -> None:
+    liveness = Liveness(LIMITS, 0)
+    liveness.lost([7, 8])
+    assert liveness.condition(1) == Condition("sick", "process 7 8 of it died")
+    liveness.lost([])
+    assert liveness.condition(2).state == "sick"
+    liveness.questioned(2)
+    liveness.replied(3, OK)
+    assert liveness.condition(3).state == "well"
 
 
 def test_no_answer_for_ever_goes_from_well_to_sick_to_hung() -> None:

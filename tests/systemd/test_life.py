@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support import until
 from tests.systemd.box import ENGINE, HOME, MODEL, Box
 
 KEY = "sk-of-the-service"
@@ -66,6 +67,23 @@ def test_stop_leaves_no_process_and_no_shared_memory(service: Box) -> None:
     assert service.mdeploy("stop", "s").stderr.startswith("s was not running")
     assert service.mdeploy("restart", "s", MDEPLOY_API_KEY=KEY).code == 0
     assert service.ask(8000, KEY) == 200
+
+
+def test_what_systemd_starts_again_is_starting(service: Box) -> None:
+    """Ended by somebody else, as by systemd where memory runs out, the supervisor itself wrote `stopped`."""
+    before = service.state("s")["run_id"]
+    override = "/etc/systemd/system/mdeploy@s.service.d/95-test.conf"
+    service.write(override, "[Service]\nRestartSec=1h\n")
+    service.ok("systemctl", "kill", "--kill-who=main", "mdeploy@s")
+    until(lambda: service.shows("s", "SubState") == "auto-restart", 30)
+    assert service.state("s")["phase"] == "stopped"
+    assert (service.ps("s") or {})["phase"] == "starting"
+    shown = service.mdeploy("ps")
+    assert "systemd starts it again" in shown.stdout + shown.stderr
+    service.ok("rm", override)
+    service.ok("systemctl", "daemon-reload")
+    service.ok("systemctl", "restart", "mdeploy@s")
+    service.ready("s", after=before)
 
 
 def test_it_runs_as_an_ordinary_user_in_its_sandbox(service: Box) -> None:

@@ -84,18 +84,18 @@ def test_keys_of_a_unit(box: Box, port: int) -> None:
 
 def test_systemd_starts_a_stopped_unit_with_the_keys_it_has_by_now(box: Box, port: int) -> None:
     """As a boot does: nobody asks mdeploy before."""
-    for words, env, open_to_all in (
-        (("keys", "add", "s"), {}, False),
-        (("keys", "rm", "s"), {}, True),
-        (("serve", "llm", MODEL, "--name", "s", "--port", str(port)), {"MDEPLOY_API_KEY": "sk-served"}, False),
+    for words, served, open_to_all in (
+        (("keys", "add", "s"), "", False),
+        (("keys", "rm", "s"), "", True),
+        (("serve", "llm", MODEL, "--name", "s", "--port", str(port)), "sk-served", False),
     ):
         run = box.state("s")["run_id"]
         assert box.mdeploy("stop", "s").code == 0
-        changed = box.mdeploy(*words, **env)
-        assert "systemd runs it" in changed.stderr if env else changed.code == 0, changed.stderr
+        changed = box.mdeploy(*words, MDEPLOY_API_KEY=served)
+        assert "systemd runs it" in changed.stderr if served else changed.code == 0, changed.stderr
         box.ok("systemctl", "start", "mdeploy@s")
         box.ready("s", after=run)
-        key = env.get("MDEPLOY_API_KEY") or changed.stdout.strip()
+        key = served or changed.stdout.strip()
         assert (box.ask(port), box.ask(port, key)) == (200 if open_to_all else 401, 200)
 
 

@@ -52,10 +52,10 @@ USER = Target("user", Path("/home/alice/.config/systemd/user"), 252)
 PROGRAM = Program("/opt/mdeploy/bin/python", ("/opt/mdeploy",))
 
 
-def _render(target: Target, program: Program, resident: Resident, binds: Sequence[str] = ()) -> tuple[UnitFile, ...]:
+def _render(target: Target, program: Program, resident: Resident) -> tuple[UnitFile, ...]:
     gpu = [units.gpu_unit(target, "/usr/bin/nvidia-modprobe", (0, 1))] if resident.on_gpus else []
     machine = [units.sysusers(), units.tmpfiles(), *gpu] if target.scope == "system" else []
-    return (*machine, units.template(target, program, binds), units.dropin(target, resident))
+    return (*machine, units.template(target), units.dropin(target, program, resident))
 
 
 CASES = {
@@ -69,7 +69,6 @@ CASES = {
         SYSTEM,
         Program(f"{NASTY}/bin/python"),
         Resident(ODD, NASTY, binds=(f"/home/bob{NASTY}", "/root/.pyenv"), mounts=(f"{NASTY}/models",)),
-        ("/root/.pyenv", f"/home/bob{NASTY}"),
     ),
     "user": _render(USER, PROGRAM, Resident(GPU, "/home/alice/.local/state/mdeploy", "alice")),
 }
@@ -92,6 +91,24 @@ def test_newer_keys_only_where_systemd_knows_them() -> None:
     assert "RestartSteps=4\nRestartMaxDelaySec=2min\n" in _text(CASES["gpu"])
 
 
+def test_each_service_keeps_the_mdeploy_that_installed_it() -> None:
+    """A machine may have several: the last one to install must not run the services of all, nor take them along."""
+    other = _render(SYSTEM, Program("/opt/other/bin/python"), Resident(CPU, "/srv/other"))
+    assert other[-2] == CASES["cpu"][-2]
+    assert "\nExecStart=\nExecStart=/opt/other/bin/python -m mdeploy run %i" in other[-1].content
+
+
+def test_only_the_user_made_for_services_is_cleared_of_shared_memory() -> None:
+    assert "\nRemoveIPC=yes\n" in CASES["cpu"][-2].content
+    assert "RemoveIPC" not in CASES["cpu"][-1].content
+    assert "\nRemoveIPC=no\n" in CASES["gpu"][-1].content
+
+
+def test_a_reload_reads_keys_again_where_they_are_not_copies() -> None:
+    assert "ExecReload" not in _text(CASES["gpu"])
+    assert "ExecReload=/bin/kill -HUP $MAINPID\n" in _text(CASES["user"])
+
+
 # what systemd says
 
 
@@ -99,8 +116,9 @@ def _real(case: str, program: str) -> tuple[UnitFile, ...]:
     """The files of a case with a program that exists: systemd looks."""
     target = dataclasses.replace(USER if case == "user" else SYSTEM, version=_version())
     specs = {"cpu": CPU, "gpu": GPU, "nasty": ODD, "user": GPU}
-    resident = Resident(specs[case], NASTY if case == "nasty" else "/var/lib/mdeploy", binds=("/root/.x",))
-    files = _render(target, Program(program), resident, ("/root/.x",))
+    home, user = NASTY if case == "nasty" else "/var/lib/mdeploy", "alice" if case == "gpu" else units.DEFAULT_USER
+    resident = Resident(specs[case], home, user, binds=("/root/.x",))
+    files = _render(target, Program(program), resident)
     return tuple(
         dataclasses.replace(f, content=f.content.replace("/usr/bin/nvidia-modprobe", "/bin/true")) for f in files
     )
