@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import subprocess
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -68,18 +67,8 @@ def begin(files: ServiceFiles) -> None:
     unit = manager.find(files.home, files.name)
     if unit is not None:
         manager.start(unit)
-        return
-    command, env = control.run_command(files)
-    with files.open_own_words() as errors:
-        subprocess.Popen(
-            [*command, "--manager", "detached"],
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=errors,
-            stderr=errors,
-            start_new_session=True,
-            cwd="/",
-        )
+    else:
+        control.spawn_detached(files)
 
 
 def write_spec(files: ServiceFiles, spec: ServiceSpec) -> None:

@@ -39,9 +39,19 @@ def start_detached(files: ServiceFiles, on_progress: Callable[[ServiceStatus], N
 
     Returns the status, ready or failed. An interrupt while waiting stops the service again.
     """
+    supervisor = spawn_detached(files)
+    try:
+        return _wait_started(files, supervisor, on_progress)
+    except BaseException:
+        _withdraw(files, supervisor)
+        raise
+
+
+def spawn_detached(files: ServiceFiles) -> subprocess.Popen[bytes]:
+    """Start a supervisor that outlives this terminal, and leave it to itself."""
     command, env = run_command(files)
     with files.open_own_words() as errors:
-        supervisor = subprocess.Popen(
+        return subprocess.Popen(
             [*command, "--manager", "detached"],
             env=env,
             stdin=subprocess.DEVNULL,
@@ -50,11 +60,6 @@ def start_detached(files: ServiceFiles, on_progress: Callable[[ServiceStatus], N
             start_new_session=True,
             cwd="/",
         )
-    try:
-        return _wait_started(files, supervisor, on_progress)
-    except BaseException:
-        _withdraw(files, supervisor)
-        raise
 
 
 def _withdraw(files: ServiceFiles, supervisor: subprocess.Popen[bytes]) -> None:
