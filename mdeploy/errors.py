@@ -1,6 +1,7 @@
 """Every failure a user can see, with its exit code and the way out.
 
     MdeployError              1   something failed that has no better name
+    ├── AlreadyRunningError   1   the service has a supervisor already
     ├── UsageError            2   the request itself makes no sense
     ├── NotFoundError         3   no such model, revision, service, engine
     ├── NotReadyError         4   it did not become ready, or ran out of time
@@ -44,6 +45,10 @@ class MdeployError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+
+class AlreadyRunningError(MdeployError):
+    """The name is taken: a supervisor holds the lock of the service."""
 
 
 class UsageError(MdeployError):

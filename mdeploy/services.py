@@ -11,6 +11,7 @@ from mdeploy.bench.types import BenchTarget
 from mdeploy.engines import install as engine_install
 from mdeploy.engines import store as engine_store
 from mdeploy.errors import (
+    AlreadyRunningError,
     ConfigError,
     DoesNotFitError,
     ExitCode,
@@ -27,7 +28,7 @@ from mdeploy.supervise import control, state
 from mdeploy.supervise.causes import Words
 from mdeploy.supervise.guard import Guard
 from mdeploy.supervise.secrets import first_key
-from mdeploy.supervise.state import AlreadyRunningError, ServiceFiles
+from mdeploy.supervise.state import ServiceFiles
 from mdeploy.supervise.supervisor import Supervisor
 from mdeploy.supervise.world import Machine
 from mdeploy.systemd import manager as units

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from mdeploy.errors import MdeployError, NotReadyError
+from mdeploy.errors import AlreadyRunningError, MdeployError, NotReadyError
 from mdeploy.specs import ServiceRecord, ServiceStatus
 from mdeploy.supervise import processes, state
-from mdeploy.supervise.state import AlreadyRunningError, ServiceFiles
+from mdeploy.supervise.state import ServiceFiles
 
 _POLL_S = 0.1
 

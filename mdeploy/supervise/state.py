@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from mdeploy.errors import ConfigError, MdeployError, NotFoundError, UsageError
+from mdeploy.errors import AlreadyRunningError, ConfigError, NotFoundError, UsageError
 from mdeploy.paths import Paths
 from mdeploy.specs import Limits, Phase, Probe, ServiceRecord, ServiceSpec, ServiceStatus, from_json, to_json
 from mdeploy.supervise import processes
@@ -256,10 +256,6 @@ def _read(path: Path) -> bytes:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         return file.read()
-
-
-class AlreadyRunningError(MdeployError):
-    """The name is taken: a supervisor holds its lock."""
 
 
 def already_running(name: str) -> AlreadyRunningError:
