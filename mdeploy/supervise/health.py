@@ -29,7 +29,7 @@ class Health:
     """The outcome of one probe; `detail` says what was seen when it failed.
 
     `refused` means that the service calls the request itself wrong (4xx): asking again will not help.
-    `busy` means that it sheds load (429, 503).
+    `busy` means that it sheds load (429, 503); for a health check, that it mends itself and says when (Retry-After).
     """
 
     ok: bool
@@ -99,7 +99,7 @@ class HttpProber:
         if response.is_success:
             return Health(True)
         detail = f"{method} {path} answered {response.status_code}: {response.text[:200]}"
-        busy = response.status_code in (429, 503)
+        busy = response.status_code in (429, 503) and (method == "POST" or "retry-after" in response.headers)
         return Health(False, detail, response.is_client_error and not busy, busy)
 
 
@@ -131,7 +131,7 @@ class Liveness:
         """It came back, or failed."""
         self._asked, self._last = None, health
         self._misses = 0 if health.ok else self._misses + 1
-        if health.ok:
+        if health.ok or health.busy:
             self._well = now
 
     def questioned(self, now: float) -> None:

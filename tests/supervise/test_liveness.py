@@ -48,6 +48,14 @@ def test_misses_make_it_sick_and_only_misses_for_long_make_it_hung() -> None:
     assert "500" in liveness.condition(31).detail
 
 
+def test_one_that_mends_itself_is_sick_and_never_hung() -> None:
+    liveness = Liveness(LIMITS, 0)
+    for now in range(2, 1000, 2):
+        liveness.asked(now)
+        liveness.answered(now, Health(False, "answered 503", busy=True))
+    assert liveness.condition(1000).state == "sick"
+
+
 def test_a_front_that_is_slow_while_the_engine_works_is_not_hung() -> None:
     liveness = Liveness(LIMITS, 0)
     for now in range(10, 200, 10):

@@ -1,0 +1,1 @@
+"""The processes of services that mdeploy serves itself: `python -m mdeploy.apps KIND …`, started by a supervisor."""

@@ -1,0 +1,236 @@
+"""One handler's requests to whatever works on them: batching, retries, pace. Local and Ray workers are both lanes.
+
+A lane takes one batch at a time and holds at most one more, so that it need not wait for us between two. What it
+reports (replies, parts of streams, its death) comes in through the methods of Dispatcher.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from mdeploy.serving import answers
+from mdeploy.serving.backend import Observer, OverloadedError
+from mdeploy.serving.calls import Batch, Call, Queue
+from mdeploy.serving.handler import Request
+from mdeploy.serving.info import HandlerInfo, Reply
+
+_OUTSTANDING = 2
+_ATTEMPTS = 2
+"""Workers one request may be in when they die, before it is taken for the cause."""
+
+_PACE = 0.2
+"""Weight of the newest batch in the moving average of seconds per request."""
+
+_RETRY_AFTER_S = (1.0, 60.0)
+
+
+class Lane(Protocol):
+    """One worker as the dispatcher sees it. It owns `outstanding`; nobody else changes it."""
+
+    outstanding: collections.deque[Batch]
+    accepts: bool
+
+    def send(self, batch: Batch) -> None:
+        """Hand a batch over."""
+
+    def cancel(self, batch: Batch, index: int) -> None:
+        """Nobody waits for this answer any more, or reads this stream."""
+
+    def pause(self) -> None:
+        """A stream's reader is far behind: take no more parts for now."""
+
+    def resume(self) -> None:
+        """Go on."""
+
+
+class Dispatcher:
+    """The queue of one handler and the lanes it is shared out to."""
+
+    def __init__(self, info: HandlerInfo, observer: Observer) -> None:
+        self.info, self._observer = info, observer
+        self._loop = asyncio.get_running_loop()
+        self._queue = Queue(info.queue_size)
+        self._lanes: list[Lane] = []
+        self._numbers = 0
+        self._scheduled = False
+        self._linger: asyncio.TimerHandle | None = None
+        self._seconds_each = 0.0
+        self._closing: Reply | None = None
+        self.answered_at = 0.0
+
+    # in
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for a worker."""
+        return len(self._queue)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that workers have."""
+        return sum(len(batch.left) for lane in self._lanes for batch in lane.outstanding)
+
+    def submit(self, request: Request, gone: Callable[[], bool], cost: float = 1.0) -> Call:
+        """Queue a request. Raises OverloadedError."""
+        call = Call(request, gone, cost, self.info.timeout, self._loop)
+        if self._closing is not None:
+            call.answer(self._closing)
+        elif self._queue.push(call):
+            self._soon()
+        else:
+            call.cancel()
+            raise OverloadedError(self._wait_s())
+        return call
+
+    def _wait_s(self) -> float:
+        """When the queue will have moved on by a tenth, by the pace of late."""
+        low, high = _RETRY_AFTER_S
+        return min(high, max(low, math.ceil(self._seconds_each * len(self._queue) / 10)))
+
+    # lanes
+
+    def add(self, lane: Lane) -> None:
+        """A worker is ready."""
+        self._lanes.append(lane)
+        self._soon()
+
+    def remove(self, lane: Lane) -> None:
+        """A worker is gone, in order."""
+        if lane in self._lanes:
+            self._lanes.remove(lane)
+
+    def lost(self, lane: Lane) -> None:
+        """A worker died: what it was at is tried once more, each request alone; what only waited there, as before."""
+        self.remove(lane)
+        batches, lane.outstanding = list(lane.outstanding), collections.deque()
+        for batch in reversed(batches[1:]):
+            self._queue.push_back([call for call in batch.unanswered() if not call.is_over])
+        for batch in batches[:1]:
+            for index in sorted(batch.left):
+                self._try_again(batch.calls[index], streamed=index in batch.streaming)
+        self._soon()
+
+    def _try_again(self, call: Call, *, streamed: bool) -> None:
+        call.attempts += 1
+        if streamed:
+            call.close(answers.refusal(500, "the worker died in the middle of this answer", "worker_died"))
+        elif call.attempts >= _ATTEMPTS:
+            text = f"{call.attempts} workers died with this request; it is not tried again"
+            call.answer(answers.refusal(500, text, "worker_died"))
+        elif not call.is_over:
+            self._queue.push_alone(call)
+
+    def fail_all(self, reply: Reply) -> None:
+        """Answer everything that waits, and all that is to come, with an error."""
+        self._closing = reply
+        for call in self._queue.drain():
+            call.answer(reply)
+
+    # out
+
+    def _soon(self) -> None:
+        """Once for all requests that arrive in the same turn of the event loop."""
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._share_out)
+
+    def _share_out(self) -> None:
+        self._scheduled = False
+        while self._queue:
+            idle = [lane for lane in self._lanes if lane.accepts and not lane.outstanding]
+            lane = min(idle, key=id) if idle and self._is_due(len(idle)) else None if idle else self._next_but_one()
+            if lane is None:
+                return
+            share = math.ceil(len(self._queue) / max(len(idle), 1))
+            calls = self._queue.take(min(share, self.info.max_batch_size), self.info.max_batch_cost)
+            if calls:
+                self._send(lane, calls)
+
+    def _is_due(self, idle: int) -> bool:
+        """Whether idle workers get what there is now, or may wait for a fuller batch (max_wait_ms)."""
+        oldest = self._queue.oldest
+        full = self.info.max_batch_size * idle
+        if not self.info.max_wait_ms or oldest is None or self._queue.has_alone or len(self._queue) >= full:
+            return True
+        due = oldest + self.info.max_wait_ms / 1000
+        if self._loop.time() >= due:
+            return True
+        if self._linger is None:
+            self._linger = self._loop.call_at(due, self._lingered)
+        return False
+
+    def _lingered(self) -> None:
+        self._linger = None
+        self._share_out()
+
+    def _next_but_one(self) -> Lane | None:
+        """A busy worker that may have a second batch: full, and only while there is one for every worker."""
+        working = [lane for lane in self._lanes if lane.accepts]
+        if not working or self._queue.has_alone or len(self._queue) < self.info.max_batch_size * len(working):
+            return None
+        least = min(working, key=lambda lane: len(lane.outstanding))
+        return least if len(least.outstanding) < _OUTSTANDING else None
+
+    def _send(self, lane: Lane, calls: list[Call]) -> None:
+        now = self._loop.time()
+        self._numbers += 1
+        batch = Batch(self._numbers, calls, now)
+        for index, call in enumerate(calls):
+            call.waited_s = now - call.queued_at
+            call.on_leave = functools.partial(lane.cancel, batch, index)
+            self._observer.waited(self.info.name, call.waited_s)
+        lane.outstanding.append(batch)
+        lane.send(batch)
+
+    # back
+
+    def replied(self, lane: Lane, number: int, replies: Sequence[tuple[int, Reply]]) -> None:
+        """Some requests of a batch are answered."""
+        batch = _of(lane, number)
+        for index, reply in replies:
+            batch.left.discard(index)
+            batch.calls[index].answer(reply)
+        if any(reply.status < 500 for _, reply in replies):
+            batch.is_good = True
+            self.answered_at = time.monotonic()
+
+    def streamed(self, lane: Lane, number: int, index: int, part: bytes, head: Reply | None) -> None:
+        """One part of a stream; the first one comes with its head."""
+        batch = _of(lane, number)
+        call = batch.calls[index]
+        if head is not None:
+            batch.streaming.add(index)
+            batch.is_good = True
+            self.answered_at = time.monotonic()
+            if not call.begin(head, lane.resume):
+                return
+        if call.chunks is not None and part and call.put(part):
+            lane.pause()
+
+    def closed(self, lane: Lane, number: int, index: int, error: Reply | None) -> None:
+        """A stream is over."""
+        batch = _of(lane, number)
+        batch.left.discard(index)
+        batch.calls[index].close(error)
+
+    def done(self, lane: Lane, number: int, seconds: float) -> None:
+        """A worker is through with a batch and takes the next."""
+        batch = _of(lane, number)
+        lane.outstanding.remove(batch)
+        each = seconds / len(batch.calls) / max(len(self._lanes), 1)
+        self._seconds_each += _PACE * (each - self._seconds_each)
+        if batch.is_good:
+            self._observer.batch(self.info.name, len(batch.calls), seconds)
+        if lane.outstanding:
+            lane.outstanding[0].sent_at = self._loop.time()  # only now is it worked on
+        self._soon()
+
+
+def _of(lane: Lane, number: int) -> Batch:
+    return next(batch for batch in lane.outstanding if batch.number == number)

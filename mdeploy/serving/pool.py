@@ -1,0 +1,276 @@
+"""The local workers of one handler: one process per device and slot, replaced when it dies, hangs or is outdated."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mdeploy.serving import answers
+from mdeploy.serving.backend import Observer
+from mdeploy.serving.calls import Call
+from mdeploy.serving.dispatch import Dispatcher
+from mdeploy.serving.handler import Request
+from mdeploy.serving.info import HandlerInfo, WorkerState
+from mdeploy.serving.process import StartError, WorkerProcess
+from mdeploy.serving.worker import Job
+
+Say = Callable[[str], None]
+
+_TICK_S = 1.0
+_BACK_OFF_S = (0.5, 30.0)
+_FAILED_STARTS = 5
+"""Replacements that fail in a row, while no worker is left, before the service gives up."""
+
+_END_S = 5.0
+"""What a worker gets to close its model and end."""
+
+_PRIVATE = ("MDEPLOY_API_KEYS_FILE", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True, slots=True)
+class PoolOptions:
+    """What the workers of one handler are. `devices` are GPU indices or `cpu`; `threads` are those of one worker.
+
+    `overrides` win over the class's attributes, `config` (by handler name) over both.
+    """
+
+    spec: str
+    python: str
+    paths: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu",)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    threads: int | None = None
+    adopt: Callable[[HandlerInfo], HandlerInfo] = lambda info: info
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A place for a worker; `index` numbers those of one device. Whoever puts another one there holds the lock."""
+
+    device: str
+    index: int
+    worker: WorkerProcess
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Pool:
+    """All workers of one handler (a Backend)."""
+
+    def __init__(self, options: PoolOptions, observer: Observer, say: Say) -> None:
+        self._options, self._observer, self._say = options, observer, say
+        self._loop = asyncio.get_running_loop()
+        self._slots: list[_Slot] = []
+        self._retiring: list[WorkerProcess] = []
+        self._keepers: list[asyncio.Task[None]] = []
+        self._generation = 1
+        self._failed_starts = 0
+        self._closing = False
+        self._ticker: asyncio.TimerHandle | None = None
+        self._dispatcher: Dispatcher | None = None
+        self.broken: asyncio.Future[str] = self._loop.create_future()
+
+    # Backend
+
+    @property
+    def info(self) -> HandlerInfo:
+        """What the handler says of itself; known once the pool has started."""
+        return self._dispatch.info
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait."""
+        return self._dispatch.queued
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that workers have."""
+        return self._dispatch.in_flight
+
+    @property
+    def answered_at(self) -> float:
+        """time.monotonic() of the last good answer; 0.0 before the first."""
+        return self._dispatch.answered_at
+
+    def submit(self, request: Request, gone: Callable[[], bool], cost: float = 1.0) -> Call:
+        """Queue a request. Raises OverloadedError."""
+        return self._dispatch.submit(request, gone, cost)
+
+    def workers(self) -> tuple[WorkerState, ...]:
+        """Every worker there is."""
+        return tuple(worker.state() for worker in (*(slot.worker for slot in self._slots), *self._retiring))
+
+    @property
+    def _dispatch(self) -> Dispatcher:
+        if self._dispatcher is None:
+            raise RuntimeError("the pool has not started")
+        return self._dispatcher
+
+    # start
+
+    async def start(self) -> None:
+        """Until every worker has answered its example. Raises StartError, with none of them left."""
+        try:
+            first = self._new(self._options.devices[0], 0)
+            info = self._options.adopt(await first.worker.described)
+            self._dispatcher = Dispatcher(info, self._observer)
+            places = [(d, i) for d in self._options.devices for i in range(info.workers_per_device)]
+            for device, index in places[1:]:
+                self._new(device, index)
+            for ready in asyncio.as_completed([slot.worker.ready for slot in self._slots]):
+                await ready
+        except BaseException:
+            await self._kill_all()
+            raise
+        for slot in self._slots:
+            self._admit(slot.worker)
+            self._keepers.append(self._loop.create_task(self._keep(slot)))
+        self._tick()
+
+    def _new(self, device: str, index: int) -> _Slot:
+        slot = _Slot(device, index, self._spawn(device))
+        self._slots.append(slot)
+        return slot
+
+    def _spawn(self, device: str) -> WorkerProcess:
+        options = self._options
+        on = "cpu" if device == "cpu" else "cuda:0"
+        job = Job(options.spec, on, options.paths, options.overrides, options.config)
+        try:
+            return WorkerProcess(job, options.python, self._environment(device), self._generation)
+        except OSError as error:
+            raise StartError(f"cannot run {options.python}: {error.strerror}") from error
+
+    def _environment(self, device: str) -> dict[str, str]:
+        """Ours, with one GPU or none, its share of the cores, and no secrets of the edge."""
+        env = {name: value for name, value in os.environ.items() if name not in _PRIVATE}
+        env["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device
+        if self._options.threads:
+            env.update({name: env.get(name, str(self._options.threads)) for name in _THREADS})
+        return env
+
+    def _admit(self, worker: WorkerProcess) -> None:
+        worker.listener = self._dispatch
+        worker.accepts = True
+        self._dispatch.add(worker)
+
+    # life
+
+    async def _keep(self, slot: _Slot) -> None:
+        """Whenever the worker of a slot is gone, put another one there."""
+        while True:
+            worker = slot.worker
+            how = await asyncio.shield(worker.gone)
+            self._dispatch.lost(worker)
+            if self._closing:
+                return
+            async with slot.lock:
+                if slot.worker is worker:
+                    self._say(f"worker {worker.pid} of {self.info.name} on {slot.device}: {how}; starting another")
+                    self._observer.restarted(self.info.name, "hang" if worker.killed_for else "crash")
+                    if not await self._replace(slot):
+                        return
+
+    async def _replace(self, slot: _Slot) -> bool:
+        """Start until one is ready; False where that is given up: starts fail, and no worker is left."""
+        while not self._closing:
+            slot.worker = self._spawn(slot.device)
+            try:
+                await asyncio.shield(slot.worker.ready)
+            except StartError as error:
+                await asyncio.shield(slot.worker.gone)
+                self._failed_starts += 1
+                self._observer.restarted(self.info.name, "startup")
+                if self._failed_starts >= _FAILED_STARTS and not any(s.worker.accepts for s in self._slots):
+                    self._break(str(error))
+                    return False
+                low, high = _BACK_OFF_S
+                pause = min(high, low * 2 ** (self._failed_starts - 1))
+                self._say(f"a worker of {self.info.name} did not start: {error}; again in {pause:g} s")
+                await asyncio.sleep(pause)
+            else:
+                self._failed_starts = 0
+                self._admit(slot.worker)
+                return True
+        return False
+
+    def _break(self, why: str) -> None:
+        if not self.broken.done():
+            self.broken.set_result(f"no worker of {self.info.name} starts any more: {why}")
+
+    def _tick(self) -> None:
+        for slot in self._slots:
+            slot.worker.tick(self.info.timeout)
+        self._ticker = self._loop.call_later(_TICK_S, self._tick)
+
+    # rolling restart
+
+    async def renew(self) -> None:
+        """Replace every worker, one after the other, each before it retires. Raises StartError: the rest go on."""
+        self._generation += 1
+        for slot in self._slots:
+            async with slot.lock:
+                old = await self._renew_slot(slot)
+            await self._retire(old)
+
+    async def _renew_slot(self, slot: _Slot) -> WorkerProcess:
+        """Put a fresh worker into a slot; returns the one from before."""
+        fresh = self._spawn(slot.device)
+        try:
+            info = self._options.adopt(await fresh.described)
+            await fresh.ready
+        except BaseException:
+            await _killed(fresh)
+            raise
+        self._dispatch.info = dataclasses.replace(info, name=self.info.name)
+        old, slot.worker = slot.worker, fresh
+        self._admit(fresh)
+        self._observer.restarted(self.info.name, "rolling")
+        return old
+
+    async def _retire(self, worker: WorkerProcess) -> None:
+        """Let a worker finish what it has, then end it."""
+        self._retiring.append(worker)
+        worker.end()
+        try:
+            await asyncio.wait_for(asyncio.shield(worker.gone), self.info.timeout + _END_S)
+        except asyncio.TimeoutError:
+            await _killed(worker)
+        finally:
+            self._retiring.remove(worker)
+            self._dispatch.lost(worker)
+
+    # end
+
+    async def close(self) -> None:
+        """End all workers. What still waits is answered 503: whoever wants it answered drains before."""
+        if self._dispatcher is not None:
+            self._dispatcher.fail_all(answers.refusal(503, "the service is stopping", "stopping"))
+        self._closing = True
+        if self._ticker:
+            self._ticker.cancel()
+        for slot in self._slots:
+            slot.worker.end()
+        gone = [slot.worker.gone for slot in self._slots]
+        if gone:
+            await asyncio.wait(gone, timeout=_END_S)
+        await self._kill_all()
+        for keeper in self._keepers:
+            keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await keeper
+
+    async def _kill_all(self) -> None:
+        for worker in (*(slot.worker for slot in self._slots), *self._retiring):
+            await _killed(worker)
+
+
+async def _killed(worker: WorkerProcess) -> None:
+    worker.kill("it was told to end")
+    await asyncio.shield(worker.gone)
