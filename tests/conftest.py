@@ -10,14 +10,32 @@ from pathlib import Path
 
 import pytest
 
-from tests import support
+from tests import isolation, support
 from tests.fakes import nvidia_smi, vllm_env
+
+_TOGETHER = ("systemd", "examples")
+"""Directories that one process of a parallel run takes whole: they boot a machine, or serve their models once."""
 
 _FOREIGN = ("MODELSCOPE_", "MDEPLOY_", "VLLM_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "OPENAI_")
 
 
 # A suite started in the background inherits an ignored SIGINT, and so would every child of ours.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        isolation.isolate()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A parallel run shares out whole files (their fixtures are dear), and the longest directories first."""
+    for item in items:
+        directory = item.path.parent.name
+        together = directory if directory in _TOGETHER else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(together))
+    items.sort(key=lambda item: item.path.parent.name not in _TOGETHER)
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,12 @@ import pytest
 
 from tests.support import DEMO_MODEL, copy_model, free_port, listens, mdeploy, processes_with, ps, running, until
 
-pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("real_engine"), pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.engine,
+    pytest.mark.usefixtures("real_engine"),
+    pytest.mark.timeout(600),
+]
 
 DEFAULT = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 FAQ = {item["question"]: item["answer"] for item in json.loads((DEMO_MODEL / "faq.json").read_text())}

@@ -14,6 +14,8 @@ import pytest
 
 from tests.support import DEMO_MODEL, REPO, copy_model, listens, processes_with, running, tiny_model, until
 
+pytestmark = pytest.mark.alone
+
 DEFAULT = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 
 

@@ -3,7 +3,11 @@ from __future__ import annotations
 import json
 import subprocess
 
+import pytest
+
 from tests.support import REPO
+
+pytestmark = pytest.mark.alone
 
 
 def test_the_script_compares_report_and_truth() -> None:

@@ -13,6 +13,8 @@ import pytest
 
 from tests.support import REPO, until
 
+pytestmark = pytest.mark.alone
+
 # Without those where somebody has to find out that a process hangs: that takes half a minute each.
 QUICK = (
     "kill-supervisor",

@@ -21,6 +21,8 @@ from mdeploy.errors import (
 )
 from tests.bench.mocks import mock, truth
 
+pytestmark = pytest.mark.alone
+
 
 def run(url: str, *, model: str | None = None, api_key: str | None = None, **options: Any) -> BenchResult:
     asked = {"concurrency": 4, "requests": 40, "input_tokens": 32, "output_tokens": 6, **options}
