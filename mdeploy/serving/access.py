@@ -6,6 +6,7 @@ Queries and headers are never logged: keys and other secrets stand there.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import sys
 import time
@@ -72,13 +73,17 @@ class AccessLog:
             print(f"mdeploy: the access log ends: {error.strerror}", file=sys.stderr)  # noqa: T201
 
 
+@functools.lru_cache(maxsize=4)
+def _second(moment: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment))
+
+
 def _line(access: Access) -> bytes:
-    moment = time.gmtime(access.time)
     line = {
-        "time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', moment)}.{int(access.time % 1 * 1000):03d}Z",
+        "time": f"{_second(int(access.time))}.{int(access.time % 1 * 1000):03d}Z",
         "id": access.id,
         "method": access.method,
-        "path": access.path,
+        "path": access.path.encode("utf-8", "replace").decode(),
         "status": access.status,
         "ms": round(access.seconds * 1000, 3),
         "bytes_in": access.bytes_in,

@@ -72,6 +72,10 @@ class Head:
         except (ValueError, KeyError, TypeError) as error:
             raise UnavailableError(f"{self.address} is no head of a Ray cluster") from error
 
+    def cluster_id(self) -> str:
+        """Changes when the head begins anew, with nothing of what was before."""
+        return bytes(self._ask("NodeInfo", "GetClusterId").cluster_id).hex()
+
     def nodes(self) -> tuple[Node, ...]:
         """Every machine that is, or was, in the cluster; the head first."""
         free = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mdeploy.serving.backend import Observer
@@ -17,7 +17,7 @@ from mdeploy.serving.calls import Batch, Call
 from mdeploy.serving.cluster_replica import Done
 from mdeploy.serving.dispatch import Dispatcher
 from mdeploy.serving.handler import Request
-from mdeploy.serving.info import HandlerInfo, WorkerState
+from mdeploy.serving.info import HandlerInfo, Reply, WorkerState
 from mdeploy.serving.runner import Answered, Chunk, Event
 
 _GRACE_S = 10.0
@@ -33,6 +33,9 @@ _RUNNING = ("RUNNING", "UPDATING")
 _STATES = {"STOPPING": "retiring", "STOPPED": "stopped"}
 
 
+Say = Callable[[str], None]
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
     """One replica as Ray tells of it."""
@@ -46,9 +49,9 @@ class Seen:
 class ReplicaLane:
     """One replica; a lane of the dispatcher."""
 
-    def __init__(self, seen: Seen, handle: Any, dispatcher: Dispatcher, generation: int, device: str) -> None:
-        self.seen, self.generation, self.device = seen, generation, device
-        self._handle, self._dispatcher = handle, dispatcher
+    def __init__(self, state: WorkerState, seen: Seen, handle: Any, dispatcher: Dispatcher, say: Say) -> None:
+        self.seen, self._state = seen, state
+        self._handle, self._dispatcher, self._say = handle, dispatcher, say
         self.outstanding: collections.deque[Batch] = collections.deque()
         self.accepts = True
         self.is_lost = self.is_dead = False
@@ -89,7 +92,7 @@ class ReplicaLane:
             self._dispatcher.lost(self)
 
     async def _run(self, batch: Batch) -> None:
-        """One batch, from the call to its last event. Whatever ends it early ends the lane: the dispatcher tries again."""
+        """One batch, from the call to its last event. What ends it early ends the lane: the dispatcher tries again."""
         requests = [call.request for call in batch.calls]
         response = self._handle.remote(requests, replica=self.seen.id)
         try:
@@ -103,7 +106,7 @@ class ReplicaLane:
             raise
         except Exception as error:  # Ray's and the network's: there is no end of kinds
             response.cancel()
-            print(f"mdeploy-app: replica {self.seen.id} on {self.seen.node} failed: {_first_line(error)}", flush=True)
+            self._say(f"replica {self.seen.id} on {self.seen.node} failed: {_first_line(error)}")
             self._tasks.pop(batch.number, None)
             self.is_dead = type(error).__name__ in _DEAD
             self.give_up()
@@ -131,7 +134,12 @@ class ReplicaLane:
         """How it is."""
         word: Any = "stopped" if self.is_lost else "busy" if self.outstanding else "ready"
         word = word if self.accepts or self.is_lost else "retiring"
-        return WorkerState(self.seen.pid, self.device, self.generation, word, self.requests, self.gpu_bytes)
+        return replace(self._state, state=word, requests=self.requests, gpu_memory_bytes=self.gpu_bytes)
+
+    @property
+    def generation(self) -> int:
+        """See `WorkerState`."""
+        return self._state.generation
 
 
 def _first_line(error: BaseException) -> str:
@@ -141,8 +149,9 @@ def _first_line(error: BaseException) -> str:
 class ClusterBackend:
     """All replicas of one handler (a Backend)."""
 
-    def __init__(self, info: HandlerInfo, handle: Any, observer: Observer, on_gpu: bool) -> None:
-        self._dispatch, self._handle, self._observer = Dispatcher(info, observer), handle, observer
+    def __init__(self, info: HandlerInfo, handle: Any, observer: Observer, say: Say, *, on_gpu: bool) -> None:
+        self._dispatch, self._handle = Dispatcher(info, observer), handle
+        self._observer, self._say = observer, say
         self._kind = "gpu" if on_gpu else "cpu"
         self._lanes: dict[str, ReplicaLane] = {}
         self._others: tuple[WorkerState, ...] = ()
@@ -200,7 +209,7 @@ class ClusterBackend:
         self._others = tuple(self._idle(one) for one in seen.values() if one.id not in self._lanes)
 
     def _admit(self, one: Seen) -> None:
-        lane = ReplicaLane(one, self._handle, self._dispatch, self._generations[one.id], f"{one.node}/{self._kind}")
+        lane = ReplicaLane(self._idle(one), one, self._handle, self._dispatch, self._say)
         self._lanes[one.id] = lane
         self._dispatch.add(lane)
 
@@ -225,8 +234,10 @@ class ClusterBackend:
         lanes = [lane for lane in self._lanes.values() if lane.generation == self.generation]
         return len(lanes) == len(self._lanes) >= target
 
-    def close(self) -> None:
-        """Let go of all replicas."""
+    def close(self, why: Reply) -> None:
+        """Let go of all replicas; what they had, what waits and what comes is answered with `why`."""
+        self._dispatch.fail_all(why)
         for lane in self._lanes.values():
             lane.give_up()
         self._lanes.clear()
+        self._dispatch.fail_all(why)

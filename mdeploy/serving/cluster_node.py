@@ -27,6 +27,8 @@ _QUIET: Mapping[str, str] = {
     "RAY_health_check_failure_threshold": "4",
     "RAY_enable_metrics_collection": "false",
     "RAY_event_stats": "false",
+    # Ray would kill replicas where others use the memory; the kernel is enough of a judge.
+    "RAY_memory_monitor_refresh_ms": "0",
     "RAY_raylet_report_resources_period_milliseconds": "500",
     "RAY_ROTATION_MAX_BYTES": str(16 << 20),
     "RAY_ROTATION_BACKUP_COUNT": "2",

@@ -10,7 +10,7 @@ CHOSEN = "replica"
 """The argument of a call that names its replica."""
 
 
-class ChosenReplicaRouter(RequestRouter):  # type: ignore[misc]
+class ChosenReplicaRouter(RequestRouter):
     """Routes nothing by itself."""
 
     async def choose_replicas(self, candidate_replicas: list[Any], pending_request: Any = None) -> list[list[Any]]:

@@ -5,7 +5,9 @@ Virtual environments, hidden directories and byte code stay behind; what is too 
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from mdeploy.errors import ConfigError
 MOST_BYTES = 64 << 20
 _MOST_FILES = 20_000
 _LEFT_OUT = ("__pycache__", "node_modules")
+_ELSEWHERE = re.compile(r"[^\s\"'()]*/working_dir_files/\w+/source(\d+)/")
+"""Where Ray unpacks a parcel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,10 @@ class Parcel:
     paths: tuple[str, ...]
     handlers: tuple[str, ...]
     origins: tuple[str, ...]
+
+    def translate(self, text: str) -> str:
+        """A text from another machine with the paths of this one, so that people find the line that is meant."""
+        return _ELSEWHERE.sub(lambda found: f"{self.origins[int(found[1])]}/", text)
 
     def at_home(self, file: str) -> str:
         """Where a file, named by its place below the parcel, lies on this machine; empty where that is elsewhere."""
@@ -55,6 +63,16 @@ def pack(handlers: Sequence[str], paths: Sequence[str], root: Path) -> Parcel:
         tuple(_moved(spec, homes) if _is_file(spec) else spec for spec in handlers),
         origins,
     )
+
+
+def digest(root: Path) -> str:
+    """What tells two versions of the source apart."""
+    found = hashlib.sha256()
+    for file in sorted(root.rglob("*")):
+        if file.is_file():
+            found.update(f"{file.relative_to(root)}\0{file.stat().st_size}\0".encode())
+            found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def _place(number: int) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HTTPRequest
 
 from mdeploy.errors import ConfigError
-from mdeploy.serving import openapi, pages
+from mdeploy.serving import openapi, pages, problem
 from mdeploy.serving.access import Access, AccessLog
 from mdeploy.serving.auth import Keys
-from mdeploy.serving.backend import Backend, Call, OverloadedError
+from mdeploy.serving.backend import Backend, Call
 from mdeploy.serving.body import Bodies, Content, Limits, Receiver
 from mdeploy.serving.exchange import LEFT, ClientLeftError, Exchange, encoded, exchange_of
 from mdeploy.serving.handler import HTTPError, Request
@@ -45,10 +44,12 @@ _SSE_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 class EdgeOptions:
     """How a service meets its clients. `cors` are origins of web pages that may ask it, or `*`.
 
+    `max_body_bytes` is for one request, `max_held_bytes` for the bodies of all that are in memory at once.
     `index` is the page at `/`; without one, `/` leads to the documentation.
     """
 
     max_body_bytes: int = 64 << 20
+    max_held_bytes: int = 2 << 30
     body_timeout_s: float = 30.0
     cors: tuple[str, ...] = ()
     access_log: bool = True
@@ -96,7 +97,7 @@ class Service(FastAPI):
     ) -> None:
         super().__init__(title=title, openapi_url=None, docs_url=None, redoc_url=None, **fastapi)
         self._options, self._keys, self._metrics = options, keys, metrics
-        self._bodies = Bodies(Limits(options.max_body_bytes, options.body_timeout_s))
+        self._bodies = Bodies(Limits(options.max_body_bytes, options.body_timeout_s, options.max_held_bytes))
         self._access_log = AccessLog() if options.access_log else None
         self._cors = _cors(options.cors)
         self._infos: tuple[HandlerInfo, ...] = ()
@@ -235,13 +236,13 @@ class Service(FastAPI):
         if exchange.gone():
             exchange.status = LEFT
         elif exchange.status == 0:
-            headers = {"Retry-After": "1", "Connection": "close"}
-            await exchange.refuse(HTTPError(503, "the service is stopping", code="stopping", headers=headers))
+            error = HTTPError(503, "the service is stopping", code="stopping", headers={"Retry-After": "1"})
+            await exchange.refuse(error)
         elif not exchange.complete:
             exchange.cut()
 
     async def _failed(self, exchange: Exchange, error: Exception) -> None:
-        known = known_error(error)
+        known = problem.known(error)
         if known is None:
             _log.error("%s %s (%s) failed", exchange.method, exchange.path, exchange.id, exc_info=error)
         if exchange.status == 0:
@@ -334,21 +335,9 @@ async def send_reply(exchange: Exchange, reply: Reply) -> None:
     """A whole answer; an error in the one shape that errors have."""
     headers = encoded(reply.headers) if reply.headers else ()
     if reply.status >= 400 and not reply.body:
-        from mdeploy.serving import problem
-
         await exchange.whole(reply.status, _JSON, problem.document(reply.status, reply.message, reply.code), headers)
     else:
         await exchange.whole(reply.status, reply.media_type, reply.body, headers)
-
-
-def known_error(error: BaseException) -> HTTPError | None:
-    """What is told to the client of an exception; None where it is nobody's business."""
-    if isinstance(error, HTTPError):
-        return error
-    if isinstance(error, OverloadedError):
-        after = str(max(1, math.ceil(error.retry_after_s)))
-        return HTTPError(503, str(error), code="overloaded", headers={"Retry-After": after})
-    return None
 
 
 async def _send_finding(exchange: Exchange, finding: Finding) -> None:

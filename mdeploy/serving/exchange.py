@@ -22,6 +22,7 @@ _BAD_HEADER = re.compile(r"[^!#$%&'*+.^_`|~0-9A-Za-z-]")
 _BAD_VALUE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]|[^\x00-\xff]")
 _OURS = frozenset({"content-length", "content-type", "transfer-encoding", "connection", "keep-alive", "x-request-id"})
 _ID_PREFIX = secrets.token_hex(4)
+_SMALL = 64 << 10
 _NO_BODY = frozenset({204, 304})
 _numbers = itertools.count(1)
 
@@ -39,6 +40,7 @@ class Exchange:
     """
 
     __slots__ = (
+        "_cork",
         "_cycle",
         "_gone",
         "_send",
@@ -79,6 +81,8 @@ class Exchange:
         # uvicorn's own state of the request: asking it costs no task. Other servers have none.
         cycle = getattr(receive, "__self__", None)
         self._cycle = cycle if hasattr(cycle, "disconnected") else None
+        # Ours can send head and body of a small answer in one system call.
+        self._cork = getattr(getattr(self._cycle, "transport", None), "cork", None)
         self._gone = False
         self._watcher: asyncio.Task[None] | None = None
 
@@ -132,6 +136,8 @@ class Exchange:
             head.append((b"content-type", media_type.encode("latin-1")))
             head.append((b"content-length", b"%d" % len(body)))
         send = self._send
+        if self._cork is not None and len(body) < _SMALL and self.method != "HEAD":
+            self._cork()
         await send({"type": "http.response.start", "status": status, "headers": head})
         self.bytes_out = len(body)
         self.complete = True

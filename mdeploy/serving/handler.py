@@ -228,11 +228,15 @@ def _request(  # pickle calls with positions only
     return Request(method, path, query, headers, body, form, [File(*file) for file in files], id_)
 
 
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number in JSON")
+
+
 def _parsed(body: bytes) -> Any:
     if not body:
         raise HTTPError(400, "the body is empty, JSON is expected", code="invalid_json")
     try:
-        return json.loads(body)
+        return json.loads(body, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise HTTPError(400, f"the body is no JSON: {why}", code="invalid_json") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import resource
 import socket
@@ -18,7 +19,7 @@ from uvicorn.lifespan.on import LifespanOn
 from uvicorn.server import ServerState
 
 from mdeploy.errors import ConfigError
-from mdeploy.serving.httpd_connection import Connection, HeadLimits, limited
+from mdeploy.serving.httpd_connection import Connection, ConnectionLimits, limited
 
 _log = logging.getLogger("mdeploy.serving")
 
@@ -38,7 +39,7 @@ class ServerOptions:
     drain_s: float = 30.0
     keep_alive_s: float = 75.0
     backlog: int = 4096
-    head: HeadLimits = field(default_factory=HeadLimits)
+    limits: ConnectionLimits = field(default_factory=ConnectionLimits)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -65,7 +66,7 @@ async def serve(app: Any, sock: socket.socket, options: ServerOptions, stopping:
     """Answer until `stopping` is set and what was in flight is answered. Raises ConfigError where it cannot listen."""
     config = Config(
         app,
-        http=limited(_affordable(options.head)),
+        http=limited(_affordable(options.limits)),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -109,7 +110,7 @@ async def _until_drained(
         await _drain(everything, options.drain_s)
 
 
-def _affordable(limits: HeadLimits) -> HeadLimits:
+def _affordable(limits: ConnectionLimits) -> ConnectionLimits:
     """Raise the limit of open files as far as we may, and take no more connections than that."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
@@ -118,7 +119,7 @@ def _affordable(limits: HeadLimits) -> HeadLimits:
             soft = hard
     files = soft if soft != resource.RLIM_INFINITY else limits.connections + _SPARE_FILES
     connections = min(limits.connections, max(files - _SPARE_FILES, files // 2))
-    return HeadLimits(limits.size, limits.url_size, limits.count, limits.seconds, connections)
+    return dataclasses.replace(limits, connections=connections)
 
 
 async def _drain(state: ServerState, seconds: float) -> None:

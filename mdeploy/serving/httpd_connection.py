@@ -11,19 +11,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from mdeploy.serving import problem
+from mdeploy.serving.handler import Buffer
 
 _LINGER_S = 5.0
+_SLOWEST = 1024
 _MALFORMED = "the request is no valid HTTP/1.1"
 
 
 @dataclass(frozen=True, slots=True)
-class HeadLimits:
-    """What may come before a body: sizes in bytes, `seconds` from the first byte of a head to its last.
+class ConnectionLimits:
+    """What one connection may take: sizes in bytes, `seconds` from the first byte of a head to its last.
 
-    A connection that never sends anything ends after as long. `connections` open at once; one more is refused.
+    A connection that never sends anything ends after as long. Of `connections` open at once one more is refused. One
+    that takes less than `_SLOWEST` bytes per second of its answer for `read_seconds` is cut: a stream keeps a worker.
     """
 
     size: int = 64 << 10
@@ -31,6 +35,7 @@ class HeadLimits:
     count: int = 100
     seconds: float = 15.0
     connections: int = 20_000
+    read_seconds: float = 30.0
 
 
 class _RefusedError(Exception):
@@ -40,13 +45,28 @@ class _RefusedError(Exception):
 class _Transport:
     """uvicorn's way to the client: `close` waits for a client that is still sending."""
 
-    __slots__ = ("_protocol", "_real", "get_extra_info", "is_lingering", "pause_reading", "resume_reading", "write")
+    __slots__ = ("_kept", "_protocol", "_real", "get_extra_info", "is_lingering", "pause_reading", "resume_reading")
 
     def __init__(self, real: asyncio.Transport, protocol: Connection) -> None:
         self._real, self._protocol = real, protocol
-        self.write, self.get_extra_info = real.write, real.get_extra_info
+        self.get_extra_info = real.get_extra_info
         self.pause_reading, self.resume_reading = real.pause_reading, real.resume_reading
         self.is_lingering = False
+        self._kept: bytes | None = None
+
+    def cork(self) -> None:
+        """Keep what is written next, and send it together with what is written after that."""
+        self._kept = b""
+
+    def write(self, data: Buffer) -> None:
+        kept = self._kept
+        if kept is None:
+            self._real.write(data)
+        elif not kept:
+            self._kept = bytes(data)
+        else:
+            self._kept = None
+            self._real.write(kept + data)
 
     def is_closing(self) -> bool:
         return self.is_lingering or self._real.is_closing()
@@ -65,14 +85,16 @@ class _Transport:
 class Connection(HttpToolsProtocol):
     """A connection of ours. `limits` are set on a subclass by `limited`."""
 
-    limits = HeadLimits()
+    limits = ConnectionLimits()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._active: RequestResponseCycle | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._read_timer: asyncio.TimerHandle | None = None
+        self._unread = 0
         self._in_head = self._discards = False
-        self._head_size = 0
+        self._head_size = self._headers_size = 0
         self._refusal = 0, ""
 
     # uvicorn's and the parser's callbacks
@@ -95,6 +117,7 @@ class Connection(HttpToolsProtocol):
         active = self._active
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
+        self._stop_watching()
         if active is not None and not active.response_complete:
             active.disconnected = True
             active.message_event.set()
@@ -106,20 +129,48 @@ class Connection(HttpToolsProtocol):
         """Bytes of it."""
         if self._discards:
             return
-        size = len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._feed(data)
         if not self._in_head:
             return
-        self._head_size += size
+        self._head_size += len(data)  # a header without end is in no callback yet
         if self._head_size > self.limits.size:
             self._refuse(431, "the headers are too large")
             self.send_400_response(_MALFORMED)
         elif self._timer is None:
             self._wait()
 
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except HttpParserUpgrade as upgrade:
+            self._feed_again(data[upgrade.args[0] :])
+        except HttpParserError:
+            self.send_400_response(_MALFORMED)
+
+    def _feed_again(self, rest: bytes) -> None:
+        """Read a request on as if it had not offered another protocol: the parser would leave its body alone.
+
+        Java's HttpClient and `curl --http2` offer h2c with every first request.
+        """
+        hop = [
+            token.strip().lower()
+            for name, value in self.headers
+            if name == b"connection"
+            for token in value.split(b",")
+        ]
+        kept = [pair for pair in self.headers if pair[0] not in (b"connection", b"upgrade", *hop)]
+        if b"close" in hop:
+            kept.append((b"connection", b"close"))
+        lines = [self.scope["method"].encode(), b" ", self.url, b" HTTP/1.1\r\n"]
+        lines += [name + b": " + value + b"\r\n" for name, value in kept]
+        self.parser = HttpRequestParser(self)
+        self._feed(b"".join([*lines, b"\r\n", rest]))
+
     def on_message_begin(self) -> None:
         """The first byte of a request."""
-        self._in_head, self._head_size = True, 0
+        self._in_head = True
+        self._head_size = self._headers_size = 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -131,6 +182,9 @@ class Connection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header."""
         super().on_header(name, value)
+        self._headers_size += len(name) + len(value)
+        if self._headers_size > self.limits.size:
+            raise self._refuse(431, "the headers are too large")
         if len(self.headers) > self.limits.count:
             raise self._refuse(431, f"more than {self.limits.count} headers")
 
@@ -139,14 +193,39 @@ class Connection(HttpToolsProtocol):
         self._in_head = False
         if self._timer is not None:
             self._stop_waiting()
-        super().on_headers_complete()
+        if not self.parser.should_upgrade():
+            super().on_headers_complete()
+            return
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            raise self._refuse(400, "CONNECT is not supported")
+        self.scope["method"] = method.decode()
+
+    def on_message_complete(self) -> None:
+        """The end of a request."""
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        """The client takes its answer more slowly than it comes."""
+        super().pause_writing()
+        self._watch_reading()
+
+    def resume_writing(self) -> None:
+        """It took nearly all of it."""
+        super().resume_writing()
+        self._stop_watching()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Nothing more was asked; `close` would wait for ever for one that did not take its last answer."""
+        if self._read_timer is None and self._real.get_write_buffer_size():
+            self._real.abort()
+        elif self._read_timer is None:
+            super().timeout_keep_alive_handler()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._active = cycle
         super()._start_asgi_task(cycle, app)
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """The request is answered as if it had not asked for another protocol."""
 
     def send_400_response(self, msg: str) -> None:
         """What came is not to be understood, or too much; what was asked before is answered first."""
@@ -214,6 +293,21 @@ class Connection(HttpToolsProtocol):
         lines.append(b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body))
         self._real.write(b"".join([*lines, body]))
 
+    def _watch_reading(self) -> None:
+        self._unread = self._real.get_write_buffer_size()
+        self._read_timer = self.loop.call_later(self.limits.read_seconds, self._check_reading)
+
+    def _stop_watching(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
+
+    def _check_reading(self) -> None:
+        if self._unread - self._real.get_write_buffer_size() < _SLOWEST * self.limits.read_seconds:
+            self._real.abort()
+        else:
+            self._watch_reading()
+
     def _wait(self) -> None:
         self._timer = self.loop.call_later(self.limits.seconds, self._too_slow)
 
@@ -231,6 +325,6 @@ class Connection(HttpToolsProtocol):
             self._real.close()
 
 
-def limited(limits: HeadLimits) -> type[Connection]:
+def limited(limits: ConnectionLimits) -> type[Connection]:
     """The protocol with these limits."""
     return type("LimitedConnection", (Connection,), {"limits": limits})

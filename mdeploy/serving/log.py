@@ -1,7 +1,8 @@
 """Reading an app's log for people: which step of its start-up this is, and why it ended.
 
 The app says both in lines of its own (`mdeploy-app: <step>`, `mdeploy-app: error: <text>`); a user's traceback
-stands before the latter, and its last frame in their own code is where they have to look.
+stands before the latter. An app that could say nothing leaves a traceback, whose last frame in their own code is
+where they have to look.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _KNOWN = (
         True,
     ),
     (r"needs a model", "serve it again with --model ID|DIR", ExitCode.CONFIG, True),
-    (r"neither inference nor forward|defines no Handler", "mdeploy init app NAME writes one", ExitCode.CONFIG, True),
+    (r"neither inference nor forward|defines no Handler", "mdeploy init app DIR writes one that works", ExitCode.CONFIG, True),
 )
 
 
@@ -48,8 +49,8 @@ def explain(lines: Sequence[str], status: int, was_ready: bool) -> Diagnosis:
     if was_ready or status <= 0 or not cause:
         text = f"the app {_ending(status)} without being asked" + (f": {cause}" if cause else "")
         return Diagnosis(text, "mdeploy logs NAME", ExitCode.FAILURE)
-    where = _place(lines)
-    text = f"the app did not start: {cause}" + (f" ({where})" if where and where not in cause else "")
+    where = "" if said else _place(lines)  # what the app says has its place in it
+    text = f"the app did not start: {cause}" + (f" ({where})" if where else "")
     for pattern, hint, code, stays in _KNOWN:
         if re.search(pattern, cause):
             return Diagnosis(text, hint, code, stays)

@@ -61,6 +61,7 @@ _ERROR = {
     },
 }
 
+_TEXT, _BINARY = {"type": "string"}, {"type": "string", "format": "binary"}
 _ERROR_REF = {"$ref": "#/components/schemas/Error"}
 
 
@@ -184,14 +185,31 @@ def _answer(info: HandlerInfo, schemas: dict[str, Any]) -> dict[str, Any]:
 
 
 def _request_body(info: HandlerInfo, schemas: dict[str, Any]) -> dict[str, Any]:
+    example = _json_example(info.example)
     if info.body is not None:
         content: dict[str, Any] = {"application/json": {"schema": _lifted(info.body, f"{info.name}.body", schemas)}}
-    else:
+    elif info.example is None:
         content = {"application/json": {}, "application/octet-stream": {}}
-    example = _json_example(info.example)
+    elif example is not None:
+        content = {"application/json": {}}
+    else:
+        content = _uploads(info.example)
     if example is not None:
         content["application/json"]["example"] = example[0]
     return {"required": info.body is not None, "content": content}
+
+
+def _uploads(example: Request) -> dict[str, Any]:
+    """Media types of a handler that takes a file: as the body, as in its example, or in a form.
+
+    The fields of the form are those of the example; a plain image is guessed to be called `image`.
+    """
+    kind = example.headers.get("content-type", "application/octet-stream")
+    if example.files or example.form:
+        fields = {**dict.fromkeys(example.form, _TEXT), **dict.fromkeys(example.files, _BINARY)}
+        return {"multipart/form-data": {"schema": {"type": "object", "properties": fields}}}
+    form = {"type": "object", "properties": {kind.partition("/")[0]: _BINARY}}
+    return {"multipart/form-data": {"schema": form}, kind: {"schema": _BINARY}}
 
 
 def _lifted(schema: Mapping[str, Any], name: str, schemas: dict[str, Any]) -> dict[str, Any]:

@@ -52,13 +52,11 @@ def add_error_handlers(app: FastAPI) -> None:
     """Every error leaves a route in OpenAI's shape."""
     from fastapi.exceptions import RequestValidationError
 
-    from mdeploy.serving.edge import known_error
-
     async def http(request: Any, error: Any) -> Response:
         return _response(error.status_code, str(error.detail), getattr(error, "code", ""), error.headers)
 
     async def ours(request: Any, error: Exception) -> Response:
-        known = known_error(error)
+        known = problem.known(error)
         assert known is not None
         return _response(known.status, str(known), known.code or "", known.headers)
 

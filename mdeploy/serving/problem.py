@@ -1,8 +1,12 @@
-"""The one shape in which errors leave a service: OpenAI's. Nothing but the standard library."""
+"""Which errors a client hears of, and the one shape they have: OpenAI's. Nothing but the standard library."""
 
 from __future__ import annotations
 
 import json
+import math
+
+from mdeploy.serving.backend import OverloadedError
+from mdeploy.serving.handler import HTTPError
 
 _TYPES = {
     401: "authentication_error",
@@ -35,3 +39,13 @@ def document(status: int, message: str, code: str = "") -> bytes:
     kind = _TYPES.get(status) or ("invalid_request_error" if status < 500 else "server_error")
     error = {"message": message, "type": kind, "param": None, "code": code or _CODES.get(status, kind)}
     return json.dumps({"error": error}, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def known(error: BaseException) -> HTTPError | None:
+    """What is told to the client of an exception; None where it is nobody's business."""
+    if isinstance(error, HTTPError):
+        return error
+    if isinstance(error, OverloadedError):
+        after = str(max(1, math.ceil(error.retry_after_s)))
+        return HTTPError(503, str(error), code="overloaded", headers={"Retry-After": after})
+    return None

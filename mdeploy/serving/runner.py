@@ -14,6 +14,7 @@ from typing import Any
 from mdeploy.serving import answers
 from mdeploy.serving.handler import Handler, HTTPError, Request
 from mdeploy.serving.info import HandlerInfo, Reply
+from mdeploy.serving.load import LoadError
 
 _SSE_HEADERS = (("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"))
 _END = object()
@@ -250,8 +251,12 @@ def _type_checker(declared: Any) -> Callable[[Request], None]:
 
 
 def _schema_checker(schema: dict[str, Any]) -> Callable[[Request], None]:
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import best_match
+    try:
+        from jsonschema import Draft202012Validator
+        from jsonschema.exceptions import best_match
+    except ImportError as error:
+        text = f"a `body` that is a JSON Schema is checked with jsonschema: {sys.executable} -m pip install jsonschema"
+        raise LoadError(text) from error
 
     validator = Draft202012Validator(schema)
 

@@ -79,13 +79,17 @@ def _file(text: str, base: Path | None) -> Path:
     if not path.is_file():
         what = "is no file" if path.exists() else "does not exist"
         raise NotFoundError(f"{text} {what}", hint="mdeploy init app NAME writes one to begin with")
+    if ":" in str(path.resolve()):
+        raise UsageError(f"{path.resolve()}: a path with a colon cannot be told from a class", hint="rename it")
     return path.resolve()
 
 
 def _neither(text: str, base: Path | None) -> UsageError:
     forms = "FILE.py:Class, FILE.py, package.mod:Class, or a recipe (.yaml)"
-    if expand(text, base).is_dir():
-        return UsageError(f"{text} is a directory", hint=f"name {text.rstrip('/')}/app.py: {forms}")
+    directory = expand(text, base)
+    if directory.is_dir():
+        file = next((name for name in ("recipe.yaml", "app.py") if (directory / name).is_file()), "FILE.py")
+        return UsageError(f"{text} is a directory", hint=f"mdeploy serve app {text.rstrip('/')}/{file}")
     if _NAME.fullmatch(text):
         return UsageError(f"{text} names no class", hint=f"{text}:Class, if it is a module; else {forms}")
     return UsageError(f"{text!r} is no handler", hint=forms)
@@ -130,13 +134,12 @@ def interpreter(text: str | None, base: Path | None = None) -> str:
     """
     if text is None:
         return sys.executable
-    if "/" not in text and not text.startswith("~"):
-        on_path = shutil.which(text)
-        if on_path:
-            return str(Path(on_path).absolute())
     path = expand(text, base)
-    if path.is_dir():
-        path = path / "bin" / "python"
+    if (path / "bin" / "python").is_file():
+        return str(path / "bin" / "python")
+    on_path = None if "/" in text else shutil.which(text)
+    if on_path:
+        return str(Path(on_path).absolute())
     if not path.is_file():
         raise NotFoundError(f"there is no interpreter {text}", hint="--python /path/to/env/bin/python")
     return str(path)
@@ -173,20 +176,20 @@ def _ask(python: str, sources: Sequence[Source], paths: Sequence[str]) -> tuple[
         "modules": [source.module.partition(".")[0] for source in sources if source.module],
         "paths": list(paths),
     }
-    lines = _run([python, "-I", "-c", _ASK, str(Path(syntax.__file__)), json.dumps(wanted)], python)
+    lines, errors = _run([python, "-I", "-c", _ASK, str(Path(syntax.__file__)), json.dumps(wanted)], python)
     told = next((line.split(" ", 2)[1:] for line in lines if line.startswith("mdeploy-python ")), None)
     if told is None:
         raise ConfigError(f"{python} is no Python interpreter", hint="--python /path/to/env/bin/python")
     if tuple(map(int, told[0].split("."))) < _OLDEST:
         raise ConfigError(f"{python} is Python {told[0]}, workers need 3.10 or newer", hint="--python another one")
-    return Interpreter(told[1] or python, told[0]), _answer(python, lines)
+    return Interpreter(told[1] or python, told[0]), _answer(python, [*lines, *errors])
 
 
 def _files(sources: Iterable[Source]) -> Iterator[str]:
     return (str(source.file) for source in sources if source.file)
 
 
-def _run(words: Sequence[str], python: str) -> list[str]:
+def _run(words: Sequence[str], python: str) -> tuple[list[str], list[str]]:
     try:
         done = subprocess.run(
             words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PATIENCE_S, check=False, cwd="/"
@@ -196,7 +199,7 @@ def _run(words: Sequence[str], python: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it prints no text"
         raise ConfigError(f"{python} cannot be run: {why}", hint="--python /path/to/env/bin/python") from error
-    return done.stdout.splitlines() or done.stderr.splitlines()
+    return done.stdout.splitlines(), done.stderr.splitlines() if done.returncode else []
 
 
 def _answer(python: str, lines: Sequence[str]) -> dict[str, Any]:

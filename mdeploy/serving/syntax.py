@@ -16,8 +16,14 @@ def look(wanted: dict[str, Any]) -> dict[str, Any]:
     """What is wrong with each of `files` (paths), and which of `modules` (top-level names) are not to be found."""
     sys.path[:0] = wanted["paths"]
     files = {path: _look_at(path) for path in wanted["files"]}
-    missing = [name for name in wanted["modules"] if importlib.util.find_spec(name) is None]
-    return {"files": files, "missing": missing}
+    return {"files": files, "missing": [name for name in wanted["modules"] if not _is_there(name)]}
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # __main__ has none
+        return False
 
 
 def _look_at(path: str) -> dict[str, Any]:
@@ -26,7 +32,7 @@ def _look_at(path: str) -> dict[str, Any]:
         compile(tree, path, "exec", dont_inherit=True)
     except SyntaxError as error:
         return {"error": error.msg, "line": error.lineno or 0}
-    except (ValueError, RecursionError, MemoryError) as error:  # null bytes, endless nesting
+    except (OSError, ValueError, RecursionError, MemoryError) as error:  # not ours to read, null bytes, endless nesting
         return {"error": str(error) or "it is nested too deeply", "line": 0}
     names = _names(tree)
     return {"names": sorted(names), "open": "*" in names}

@@ -65,7 +65,7 @@ def test_an_item_that_preprocess_refuses_fails_alone() -> None:
 
 
 def test_a_body_that_is_no_json_fails_alone() -> None:
-    events = runner(Recorder).run([Request(body=b"{"), Request(body=b""), *requests(4)])
+    events = runner(Recorder).run([Request(body=b"{"), Request(body=b"NaN"), *requests(4)])
     replies = {i: r for e in events if isinstance(e, Answered) for i, r in e.replies}
     assert [replies[i].status for i in range(3)] == [400, 400, 200]
 
