@@ -1,0 +1,1 @@
+"""`mdeploy export`: looks services up, hands the pure renderers values, checks and writes what they return."""

@@ -1,0 +1,42 @@
+"""What is known of a service that an export needs: its spec, the options of an app, the keys it asks for."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+from mdeploy import credentials
+from mdeploy.errors import ConfigError
+from mdeploy.serving import options
+from mdeploy.serving.options import AppOptions
+from mdeploy.settings import Settings
+from mdeploy.specs import ServiceSpec
+from mdeploy.supervise.secrets import first_key
+from mdeploy.supervise.state import ServiceFiles
+
+
+def spec_of(settings: Settings, name: str) -> ServiceSpec:
+    """The spec of a service, running or not. Raises NotFoundError, ConfigError for a damaged one."""
+    return ServiceFiles(settings.paths, name).spec()
+
+
+def app_options(spec: ServiceSpec) -> AppOptions:
+    """What an app was told. Raises ConfigError for words of another version."""
+    words = spec.argv[spec.argv.index("app") + 1 :] if "app" in spec.argv else ()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return options.parse(words)
+    except SystemExit as error:
+        hint = f"serve it again: mdeploy serve app … --name {spec.name}"
+        raise ConfigError(f"{spec.name}: its command is another version's", hint=hint) from error
+
+
+def keys_of(spec: ServiceSpec) -> tuple[str, ...]:
+    """Every key the service takes; none where it asks for none. Raises ConfigError where they cannot be read."""
+    found: dict[str, None] = {}
+    for file in map(Path, spec.secrets.values()):
+        with credentials.private(file):
+            first_key(file)  # says what is wrong with a file that holds none
+            found.update(dict.fromkeys(file.read_text(encoding="utf-8").split()))
+    return tuple(found)
