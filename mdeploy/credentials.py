@@ -23,7 +23,9 @@ from mdeploy.settings import Settings
 from mdeploy.supervise import state
 from mdeploy.supervise.secrets import first_key
 
-KEY_VARIABLE = "VLLM_API_KEY"
+_VARIABLES = {"llm": "VLLM_API_KEY"}
+_FILE_VARIABLE = "MDEPLOY_API_KEYS_FILE"
+"""Where our own apps find the name of the file, which may hold several keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,16 @@ def fingerprint(key: str) -> str:
 def key_file(paths: Paths, name: str) -> Path:
     """Where the keys of a service are kept."""
     return paths.secrets / f"{name}.api-key"
+
+
+def variable(kind: str) -> str:
+    """The environment variable by which a service of this kind gets its key, or the name of its file of keys."""
+    return _VARIABLES.get(kind, _FILE_VARIABLE)
+
+
+def secrets_of(paths: Paths, name: str, kind: str) -> dict[str, str]:
+    """`ServiceSpec.secrets` of a service that asks for its key."""
+    return {variable(kind): str(key_file(paths, name))}
 
 
 def kept(paths: Paths, name: str) -> Key | None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mdeploy import credentials, dispatch, prepare, services
+from mdeploy import credentials, dispatch, drafts, services
 from mdeploy.errors import MdeployError, NotReadyError, UsageError
 from mdeploy.settings import Settings
 from mdeploy.specs import Say, ServiceSpec, ServiceStatus
@@ -166,7 +166,7 @@ def _setup(settings: Settings, name: str) -> _Setup:
 
 
 def _variable(spec: ServiceSpec) -> str:
-    return spec.probe.bearer or credentials.KEY_VARIABLE
+    return spec.probe.bearer or credentials.variable(spec.kind)
 
 
 def _file(settings: Settings, spec: ServiceSpec) -> Path:
@@ -189,7 +189,7 @@ def _asking(settings: Settings, spec: ServiceSpec) -> ServiceSpec:
 
 def _open(spec: ServiceSpec) -> ServiceSpec:
     """The spec of a service that asks for nothing."""
-    if not prepare.is_loopback(spec.host):
+    if not drafts.is_loopback(spec.host):
         raise UsageError(
             f"{spec.name} listens on {spec.host}: without a key every machine that reaches it could use it",
             hint=f"mdeploy keys rotate {spec.name}, or serve it again with --insecure",
@@ -313,9 +313,14 @@ def _reload(settings: Settings, setup: _Setup, listener: Listener) -> None:
 
 
 def _hang_up(files: ServiceFiles) -> None:
+    """Ask the supervisor to pass it on; in the foreground it means that the terminal is gone, so ask the engine."""
     record = files.record()
-    if record is not None and processes.is_same(record.pid, record.pid_created):
+    if record is None or not processes.is_same(record.pid, record.pid_created):
+        return
+    if record.manager != "foreground":
         processes.send([record.pid], signal.SIGHUP)
+    elif record.engine_pid and processes.is_marked(record.engine_pid, record.run_id):
+        processes.send([record.engine_pid], signal.SIGHUP)
 
 
 def _ask(setup: _Setup) -> str:

@@ -1,13 +1,16 @@
-"""Recipes: what is known to work for a model, as YAML. Project's own before the user's before the shipped."""
+"""Recipes: what is known to work for a model, or how an app is served, as YAML. Project's own before the user's
+before the shipped.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mdeploy.errors import ConfigError, NotFoundError
 from mdeploy.paths import Paths
-from mdeploy.specs import Recipe
+from mdeploy.specs import AppRecipe, Recipe
 
 DEFAULT_LLM = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 
@@ -21,31 +24,75 @@ def directories(paths: Paths, cwd: Path) -> tuple[Path, ...]:
 
 def find(model: str, where: tuple[Path, ...]) -> Recipe | None:
     """The recipe of a model id, or of a bare model name; None where nobody wrote one."""
-    for path in _files(where):
-        identity = f"{path.parent.name}/{path.stem}"
-        if model.lower() in (identity.lower(), path.stem.lower()):
-            return load(path)
-    return None
+    path = _search(model, where)
+    found = _read(path, "") if path else None
+    return found if isinstance(found, Recipe) else None
 
 
-def _files(where: tuple[Path, ...]) -> Iterator[Path]:
-    for directory in where:
-        yield from sorted(directory.glob("*/*.yaml"))
+def find_app(name: str, where: tuple[Path, ...]) -> Path | None:
+    """The file of an app's recipe by its name: `org/name` is org/name.yaml or org/name/recipe.yaml."""
+    return _search(name, where)
 
 
 def load(path: Path) -> Recipe:
-    """Read one recipe. Raises ConfigError that names the file and every key that is wrong."""
+    """Read a model's recipe. Raises ConfigError that names the file and every key that is wrong."""
+    found = _read(path, "mdeploy serve llm MODEL needs none")
+    if not isinstance(found, Recipe):
+        raise ConfigError(f"recipe {path} is of kind app", hint=f"mdeploy serve app {path}")
+    return found
+
+
+def load_app(path: Path) -> AppRecipe:
+    """Read an app's recipe. Raises as `load` does."""
+    found = _read(path, "mdeploy serve app FILE.py needs none")
+    if not isinstance(found, AppRecipe):
+        raise ConfigError(f"recipe {path} is of kind {found.kind}", hint=f"mdeploy serve {found.kind} {path}")
+    return found
+
+
+def _search(name: str, where: tuple[Path, ...]) -> Path | None:
+    for identity, path in _files(where):
+        if name.lower() in (identity.lower(), identity.lower().rpartition("/")[2]):
+            return path
+    return None
+
+
+def _files(where: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:
+    for directory in where:
+        yield from ((f"{path.parent.name}/{path.stem}", path) for path in sorted(directory.glob("*/*.yaml")))
+        for path in sorted(directory.glob("*/*/recipe.yaml")):
+            yield f"{path.parent.parent.name}/{path.parent.name}", path
+
+
+def _read(path: Path, without: str) -> Recipe | AppRecipe:
     import yaml
-    from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+    from pydantic import ValidationError
 
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        strict = with_config(ConfigDict(extra="forbid"))(Recipe)
-        return TypeAdapter(strict).validate_python(data)
+        return _parsed(data)
     except FileNotFoundError as error:
-        raise NotFoundError(f"no recipe {path}", hint="mdeploy serve llm MODEL needs none") from error
+        raise NotFoundError(f"no recipe {path}", hint=without) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read recipe {path}: {error}") from error
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"recipe {path}: {wrong}", hint="compare with the recipes shipped in recipes/") from error
+        raise ConfigError(
+            f"recipe {path}: {_wrong(error)}", hint="compare with the recipes shipped in recipes/"
+        ) from error
+
+
+def _parsed(data: Any) -> Recipe | AppRecipe:
+    from pydantic import ConfigDict, TypeAdapter, with_config
+
+    kind = AppRecipe if isinstance(data, dict) and data.get("kind") == "app" else Recipe
+    strict = with_config(ConfigDict(extra="forbid"))(kind)
+    return TypeAdapter(strict).validate_python(data)
+
+
+def _wrong(error: Any) -> str:
+    """Every key that is wrong, once: a union complains of each of its types."""
+    found: dict[str, str] = {}
+    for one in error.errors():
+        where = ".".join(str(part) for part in one["loc"] if part not in ("str", "int") and "[" not in str(part))
+        found.setdefault(where or "the file", one["msg"])
+    return "; ".join(f"{where}: {text}" for where, text in found.items())

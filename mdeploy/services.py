@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mdeploy import dispatch, gpus, reservations
+from mdeploy import dispatch, gpus, reservations, rolling
 from mdeploy.bench.types import BenchTarget
 from mdeploy.engines import install as engine_install
 from mdeploy.engines import store as engine_store
@@ -20,8 +20,8 @@ from mdeploy.errors import (
     NotReadyError,
     UsageError,
 )
-from mdeploy.llm import log
-from mdeploy.prepare import KEY_VARIABLE
+from mdeploy.llm import log as vllm_log
+from mdeploy.serving import log as app_log
 from mdeploy.settings import Settings
 from mdeploy.specs import Diagnosis, Engine, Manager, Say, ServiceSpec, ServiceStatus
 from mdeploy.supervise import control, state
@@ -32,6 +32,9 @@ from mdeploy.supervise.state import ServiceFiles
 from mdeploy.supervise.supervisor import Supervisor
 from mdeploy.supervise.world import Machine
 from mdeploy.systemd import manager as units
+
+_APP_WORDS = Words(app_log.progress, app_log.explain)
+_WORDS = {"llm": Words(vllm_log.progress, vllm_log.explain)}
 
 # engines
 
@@ -84,20 +87,21 @@ def run_service(settings: Settings, name: str, manager: Manager, *, resumed: boo
         hint = f"mdeploy restart {name}, or mdeploy uninstall-systemd {name} first"
         raise ConfigError(f"{name} is a unit, systemd runs it", hint=hint)
 
+    words = _WORDS.get(spec.kind, _APP_WORDS)
+
     def explain(lines: Sequence[str], status: int, was_ready: bool) -> Diagnosis:
-        found = log.explain(lines, status, was_ready)
+        found = words.explain(lines, status, was_ready)
         return dataclasses.replace(found, hint=found.hint.replace("NAME", name))
 
     world = Machine(spec, files, manager, lambda: _free_mib(settings, spec))
     command, env = control.run_command(files)
     # systemd is the guard of its own services
-    words = Words(log.progress, explain)
     guard = None
     if manager != "systemd":
         again = [*command, "--manager", manager, "--resumed"]
         guard = Guard(again, env, wakes=manager == "detached")
     try:
-        return Supervisor(spec, files, manager, words, world, guard, resumed=resumed).run()
+        return Supervisor(spec, files, manager, Words(words.progress, explain), world, guard, resumed=resumed).run()
     finally:
         world.close()
 
@@ -146,17 +150,31 @@ def list_services(settings: Settings) -> tuple[ServiceStatus, ...]:
     return dispatch.listing(settings.paths)
 
 
-def restart_service(settings: Settings, name: str, on_progress: Callable[[ServiceStatus], None]) -> ServiceStatus:
-    """End a service and start it again. Nothing is ended that could not be started again for want of a spec or a disk.
+def restart_service(
+    settings: Settings, name: str, on_progress: Callable[[ServiceStatus], None], say: Say, *, hard: bool = False
+) -> ServiceStatus:
+    """Restart a service: an app that serves replaces its workers one by one, anything else ends and starts again.
 
-    Where somebody else starts it at the same moment, theirs is the start that is waited for.
+    `hard` ends and starts any. Raises what keeps it from being ready again.
     """
     files = ServiceFiles(settings.paths, name)
     files.spec()
+    if not hard and rolling.can(state.status(files)):
+        return rolling.restart(files, say)
+    return _stop_and_start(settings, files, on_progress)
+
+
+def _stop_and_start(
+    settings: Settings, files: ServiceFiles, on_progress: Callable[[ServiceStatus], None]
+) -> ServiceStatus:
+    """Nothing is ended that could not be started again for want of a spec or a disk.
+
+    Where somebody else starts it at the same moment, theirs is the start that is waited for.
+    """
     files.check_writable()
     dispatch.stop(files)
     try:
-        return launch(settings, name, on_progress)
+        return launch(settings, files.name, on_progress)
     except AlreadyRunningError:
         status = control.wait_settled(files, on_progress)
     if status.phase == "ready":
@@ -190,7 +208,7 @@ def bench_target(settings: Settings, wanted: str | None) -> BenchTarget:
         return BenchTarget(wanted, None, settings.get("api_key"))
     if wanted:
         return _target(state.status(files_of(settings, wanted)))
-    ready = [status for status in list_services(settings) if status.phase == "ready"]
+    ready = [s for s in list_services(settings) if s.phase == "ready" and s.spec.kind != "cluster"]
     if len(ready) == 1:
         return _target(ready[0])
     if ready:
@@ -203,9 +221,9 @@ def _target(status: ServiceStatus) -> BenchTarget:
     spec = status.spec
     if status.phase != "ready":
         raise failure(status) if status.phase == "failed" else _not_ready(status)
-    path = spec.secrets.get(KEY_VARIABLE)
+    path = spec.secrets.get(spec.probe.bearer or "")
     key = first_key(Path(path)) if path else None
-    return BenchTarget(spec.url, spec.model, key, spec.name)
+    return BenchTarget(spec.url, spec.model, key, spec.name, spec.kind)
 
 
 def _not_ready(status: ServiceStatus) -> MdeployError:

@@ -6,6 +6,7 @@ They know nothing of files, processes or the command line.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -36,6 +37,11 @@ def from_json(cls: type[T], data: bytes) -> T:
     from pydantic import TypeAdapter
 
     return TypeAdapter(cls).validate_json(data)
+
+
+def fingerprint(value: Any) -> str:
+    """What tells two values apart: the first 8 hex digits of the SHA-256 of their JSON."""
+    return hashlib.sha256(to_json(value)).hexdigest()[:8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +109,30 @@ class LlmOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class AppWish:
+    """What the user asked of an app; None leaves it to the recipe, then to the handler's class.
+
+    `handlers` and `paths` are as resolved against where they were written; `gpus` are these devices, `all` or
+    `none`, `gpu_count` any so many. `timeout` is in seconds. `config` has keys of this class for single handlers.
+    """
+
+    handlers: tuple[str, ...] | None = None
+    python: str | None = None
+    paths: tuple[str, ...] | None = None
+    gpus: tuple[int, ...] | Literal["all", "none"] | None = None
+    gpu_count: int | None = None
+    workers_per_gpu: int | None = None
+    batch: int | None = None
+    batch_cost: float | None = None
+    max_wait_ms: float | None = None
+    timeout: float | None = None
+    queue: int | None = None
+    max_body: int | None = None
+    cors: tuple[str, ...] | None = None
+    config: Mapping[str, Mapping[str, Any]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GpuPlan:
     """Where and how large an engine runs; `reasons` says why, one sentence each.
 
@@ -134,6 +164,30 @@ class Recipe:
     gpu_memory_utilization: float | None = None
     args: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AppRecipe:
+    """How an app is served, as its file says it; the keys are those of `AppWish`. Paths start at the file."""
+
+    kind: Literal["app"]
+    handler: str | tuple[str, ...]
+    model: str | None = None
+    revision: str | None = None
+    description: str = ""
+    python: str | None = None
+    path: str | tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    gpus: str | int | tuple[int, ...] | None = None
+    workers_per_gpu: int | None = None
+    batch: int | None = None
+    batch_cost: float | None = None
+    max_wait_ms: float | None = None
+    timeout: float | None = None
+    queue: int | None = None
+    max_body: str | int | None = None
+    cors: str | tuple[str, ...] = ()
+    config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

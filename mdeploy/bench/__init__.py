@@ -1,6 +1,7 @@
 """A load tester on raw sockets that says how far its own numbers can be trusted.
 
 control   ask the server: model, token counts, one trial request      (httpx)
+request   one plain request, for servers that speak no tokens         (pure)
 prompts   texts of a wanted length, no two alike
 plan      options -> LoadPlan, all bytes serialised                   (pure)
 load      start the workers, gather their reports                     (processes)
@@ -33,9 +34,12 @@ def run(target: BenchTarget, options: BenchOptions, on_progress: OnProgress | No
     plan.validate(options)
     with Control(target, options) as control:
         address = control.address()
-        model = control.model()
-        texts = prompts.build(options.input_tokens, options.seed, control.counter(model))
-        ignore_eos = control.accepts(model, texts.text(-1))
         environment = control.environment()
-    work = plan.build(target, model, options, texts, address, ignore_eos=ignore_eos)
+        if options.endpoint == "http":
+            work = plan.build_plain(target, control.request(), options, address)
+        else:
+            model = control.model()
+            texts = prompts.build(options.input_tokens, options.seed, control.counter(model))
+            ignore_eos = control.accepts(model, texts.text(-1))
+            work = plan.build(target, model, options, texts, address, ignore_eos=ignore_eos)
     return report.result(work, load.run(work, on_progress), environment)

@@ -37,7 +37,7 @@ def judge(
     achieved = _achieved(samples, window, plan.concurrency)
     reasons = (
         *_requests_reasons(samples),
-        *_lag_reasons(lag, latency_ms["ttft"].p50),
+        *_lag_reasons(lag, latency_ms["ttfb" if plan.endpoint == "http" else "ttft"].p50),
         *_achieved_reasons(achieved, plan.concurrency),
         *_client_reasons(step_ms, sum(report.mismatches for report in reports)),
     )
@@ -81,10 +81,10 @@ def _requests_reasons(samples: Sequence[Sample]) -> Iterator[str]:
         yield f"{failed} of {len(ended)} requests failed, more than {MOST_FAILED:.0%}"
 
 
-def _lag_reasons(lag: Histogram, ttft_p50_ms: float | None) -> Iterator[str]:
-    if not lag.count or ttft_p50_ms is None:
+def _lag_reasons(lag: Histogram, first_p50_ms: float | None) -> Iterator[str]:
+    if not lag.count or first_p50_ms is None:
         return
-    limit_ms = max(LAG_FLOOR_MS, LAG_SHARE_OF_TTFT * ttft_p50_ms)
+    limit_ms = max(LAG_FLOOR_MS, LAG_SHARE_OF_TTFT * first_p50_ms)
     lag_ms = lag.quantile_ns(0.99) / 1e6
     if lag_ms > limit_ms:
         yield f"client lag p99 {lag_ms:.2f} ms is over {limit_ms:.2f} ms: this client was too busy"
@@ -123,6 +123,8 @@ def _gap_notes(outcome: Outcome) -> Iterator[str]:
 
 
 def _length_notes(plan: LoadPlan, done: Sequence[Sample]) -> Iterator[str]:
+    if plan.endpoint == "http":
+        return
     wanted_in, wanted_out = plan.workload["input_tokens"], plan.workload["output_tokens"]
     known = [sample for sample in done if sample.output_tokens >= 0]
     other = sum(sample.output_tokens != wanted_out for sample in known)

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from mdeploy.bench import plan, targets
 from mdeploy.bench.prompts import Count
+from mdeploy.bench.request import BenchRequest, complete
 from mdeploy.bench.types import BenchOptions, BenchTarget
 from mdeploy.errors import ConfigError, MdeployError, NotFoundError, NotReadyError, UnavailableError
 
@@ -88,6 +89,40 @@ class Control:
             return None
         return count
 
+    def request(self) -> BenchRequest:
+        """The request to measure with: the user's, completed by the example in the server's /openapi.json.
+
+        It is sent once: a warm-up, and a clear error where the load would drown it. Raises as `accepts` does.
+        """
+        ask = self._options.ask
+        document = None if ask.path and ask.body is not None else _object(self._allowed("GET", "/openapi.json"))
+        found = complete(ask, document)
+        self._check_plain(self._send(found), found)
+        return found
+
+    def _allowed(self, method: str, path: str) -> httpx.Response:
+        response = self._ask(method, path)
+        if response.status_code in (401, 403):
+            raise self._denied(response)
+        return response
+
+    def _send(self, request: BenchRequest) -> httpx.Response:
+        headers = {"Content-Type": request.content_type, "Accept": "*/*"}
+        return self._exchange(request.method, request.path, self._options.timeout_s, request.body, headers)
+
+    def _check_plain(self, response: httpx.Response, request: BenchRequest) -> None:
+        if response.is_success:
+            return
+        if response.status_code in (401, 403):
+            raise self._denied(response)
+        if response.status_code in (404, 405):
+            text = f"{self.root} does not take {request.method} {request.path} ({response.status_code})"
+            raise NotFoundError(f"{text}: {_words(response)}", hint="--path names another one")
+        if response.status_code >= 500 or response.status_code == 429:
+            raise self._failing(response)
+        text = f"the server refuses the request ({response.status_code}): {_words(response)}"
+        raise MdeployError(text, hint="--data, --file and --content-type make another one")
+
     def environment(self) -> Mapping[str, Any]:
         """What the server says of itself (vLLM's /version)."""
         version = _object(self._ask("GET", "/version")).get("version")
@@ -147,10 +182,17 @@ class Control:
         body: Mapping[str, Any] | None = None,
         timeout_s: float = _QUESTION_TIMEOUT_S,
     ) -> httpx.Response:
+        content = None if body is None else plan.json_bytes(body)
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        return self._exchange(method, path, timeout_s, content, headers)
+
+    def _exchange(
+        self, method: str, path: str, timeout_s: float, content: bytes | None, headers: Mapping[str, str]
+    ) -> httpx.Response:
         import httpx
 
         try:
-            return self._http.request(method, path, json=body, timeout=timeout_s)
+            return self._http.request(method, path, content=content, headers=dict(headers), timeout=timeout_s)
         except httpx.TimeoutException as error:
             raise NotReadyError(
                 f"{self.root}{path} gave no answer in {timeout_s:g} s",

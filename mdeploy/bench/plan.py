@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from mdeploy.bench import targets
 from mdeploy.bench.prompts import Prompts, spell
+from mdeploy.bench.request import BenchRequest
 from mdeploy.bench.types import BenchOptions, BenchTarget, LoadPlan
 from mdeploy.bench.wire import Job
 from mdeploy.errors import UsageError
@@ -88,11 +89,11 @@ def build(
     options = effective(options)
     endpoint = targets.for_endpoint(options.endpoint)
     document = targets.body(endpoint, model, _MARK, request_options(options, ignore_eos=ignore_eos))
-    start, end = _json(document).split(_json(_MARK).strip(b'"'))
+    start, end = json_bytes(document).split(json_bytes(_MARK).strip(b'"'))
     return LoadPlan(
         base_url=root_url(target),
         address=address,
-        head=_head(root_url(target), endpoint.path, target.api_key),
+        head=_head(root_url(target), BenchRequest(endpoint.path), target.api_key, "text/event-stream"),
         body_start=start + prompts.opening.encode(),
         nonce=prompts.nonce,
         nonce_length=prompts.nonce_length,
@@ -108,19 +109,44 @@ def build(
     )
 
 
-def _json(value: Any) -> bytes:
+def build_plain(
+    target: BenchTarget, request: BenchRequest, options: BenchOptions, address: tuple[int, tuple[Any, ...]]
+) -> LoadPlan:
+    """The same request over and over, as a load against `address`."""
+    options = effective(options)
+    return LoadPlan(
+        base_url=root_url(target),
+        address=address,
+        head=_head(root_url(target), request, target.api_key, "*/*"),
+        body_start=request.body,
+        nonce=(),
+        nonce_length=0,
+        tails=(b"",),
+        body_end=b"",
+        endpoint="http",
+        concurrency=options.concurrency,
+        duration_s=options.duration_s,
+        requests=options.requests,
+        timeout_s=options.timeout_s,
+        workers=worker_count(options),
+        workload=_plain_workload(target, request, options),
+    )
+
+
+def json_bytes(value: Any) -> bytes:
+    """A value as JSON, compact."""
     import orjson
 
     return orjson.dumps(value)
 
 
-def _head(root: str, path: str, api_key: str | None) -> bytes:
+def _head(root: str, request: BenchRequest, api_key: str | None, accept: str) -> bytes:
     parts = urlsplit(root)
     lines = [
-        f"POST {parts.path}{path} HTTP/1.1",
+        f"{request.method} {parts.path}{request.path} HTTP/1.1",
         f"Host: {parts.netloc}",
-        "Content-Type: application/json",
-        "Accept: text/event-stream",
+        f"Content-Type: {request.content_type}",
+        f"Accept: {accept}",
         *([f"Authorization: Bearer {api_key}"] if api_key else []),
         "Content-Length: ",
     ]
@@ -174,6 +200,32 @@ def _workload(model: str, options: BenchOptions, prompts: Prompts, *, ignore_eos
         "ignore_eos": ignore_eos,
         "stream": True,
         "seed": options.seed,
+    }
+    return {"hash": workload_hash(workload), **workload}
+
+
+def _plain_workload(target: BenchTarget, request: BenchRequest, options: BenchOptions) -> Mapping[str, Any]:
+    """The keys of any workload; what is about tokens is null."""
+    workload = {
+        "endpoint": "http",
+        "model": target.model,
+        "loop": "closed",
+        "concurrency": options.concurrency,
+        "duration_s": options.duration_s,
+        "requests": options.requests,
+        "input_tokens": None,
+        "input_tokens_exact": False,
+        "output_tokens": None,
+        "ignore_eos": False,
+        "stream": False,
+        "seed": None,
+        "request": {
+            "method": request.method,
+            "path": request.path,
+            "content_type": request.content_type,
+            "body_bytes": len(request.body),
+            "digest": request.digest,
+        },
     }
     return {"hash": workload_hash(workload), **workload}
 

@@ -27,6 +27,10 @@ _LABELS = {
 }
 
 
+_NO_TOKENS = BenchTokens(None, None, None, None, None, "plain requests have none")
+_OF_TOKENS = ("ttft", "ttfo", "tpot", "inter_chunk")
+
+
 def result(plan: LoadPlan, outcome: Outcome, environment: Mapping[str, Any]) -> BenchResult:
     """Everything a run says. `environment` is what the server told of itself."""
     samples = [sample for report in outcome.reports for sample in report.samples]
@@ -35,7 +39,7 @@ def result(plan: LoadPlan, outcome: Outcome, environment: Mapping[str, Any]) -> 
     end = max(report.end_ns for report in outcome.reports)
     window, kind = _window(plan, outcome, start, end)
     latency_ms = latencies(done, outcome)
-    tokens = count_tokens(done)
+    tokens = _NO_TOKENS if plan.endpoint == "http" else count_tokens(done)
     return BenchResult(
         target=plan.base_url,
         started=start / 1e9,
@@ -115,7 +119,7 @@ def latencies(done: Sequence[Sample], outcome: Outcome) -> dict[str, Percentiles
     """
     return {
         "ttfb": summarize([(s.ttfb_ns - s.sent_ns) / 1e6 for s in done]),
-        "ttft": summarize([(s.first_ns - s.sent_ns) / 1e6 for s in done]),
+        "ttft": summarize([(s.first_ns - s.sent_ns) / 1e6 for s in done if s.first_ns]),
         "ttfo": summarize([(s.answer_ns - s.sent_ns) / 1e6 for s in done if s.answer_ns]),
         "tpot": summarize(
             [
@@ -147,19 +151,25 @@ def document(result: BenchResult) -> dict[str, Any]:
 
 def human(result: BenchResult) -> str:
     """What a person wants to see, within 80 columns."""
-    lines = [*_title(result), "", *_counts(result), "", *_latency_lines(result.latency_ms), ""]
+    lines = [*_title(result), "", *_counts(result), "", *_latency_lines(result), ""]
     return "\n".join([*lines, *_audit_lines(result)])
 
 
 def _title(result: BenchResult) -> Iterator[str]:
     work = result.workload
+    if work["endpoint"] == "http":
+        asked = work["request"]
+        yield f"{asked['method']} {result.target}{asked['path']}  {asked['content_type'].partition(';')[0]}"
+        yield f"{_loop(result)}, {asked['body_bytes']:,} bytes a request"
+        return
     about = "" if work["input_tokens_exact"] else "about "
     yield f"{work['endpoint']} {result.target}  model {work['model']}"
-    yield (
-        f"closed loop, {work['concurrency']} at a time, {result.seconds:.1f} s"
-        f"{' (interrupted)' if result.interrupted else ''}, "
-        f"{about}{work['input_tokens']} tokens in, {work['output_tokens']} out"
-    )
+    yield f"{_loop(result)}, {about}{work['input_tokens']} tokens in, {work['output_tokens']} out"
+
+
+def _loop(result: BenchResult) -> str:
+    cut = " (interrupted)" if result.interrupted else ""
+    return f"closed loop, {result.workload['concurrency']} at a time, {result.seconds:.1f} s{cut}"
 
 
 def _counts(result: BenchResult) -> Iterator[str]:
@@ -169,6 +179,8 @@ def _counts(result: BenchResult) -> Iterator[str]:
     yield f"requests    {', '.join(ended)}"
     yield from (f"            {number} x {error}" for error, number in requests.by_error.items())
     yield f"throughput  {_number(rates.requests_per_s)} requests/s"
+    if result.workload["endpoint"] == "http":
+        return
     yield f"            {_number(rates.output_tokens_per_s)} output tokens/s"
     yield f"            {_number(rates.input_tokens_per_s)} input tokens/s"
     if tokens.reason:
@@ -183,11 +195,14 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def _latency_lines(latency_ms: Mapping[str, Percentiles]) -> Iterator[str]:
+def _latency_lines(result: BenchResult) -> Iterator[str]:
     columns = ("mean", "p50", "p90", "p99", "p99.9")
     yield f"{'latency, ms':26}" + "".join(f"{name:>10}" for name in columns)
+    hidden = _OF_TOKENS if result.workload["endpoint"] == "http" else ()
     for key, label in _LABELS.items():
-        row = latency_ms[key]
+        if key in hidden:
+            continue
+        row = result.latency_ms[key]
         figures = (row.mean, row.p50, row.p90, row.p99, row.p999)
         yield f"{label:26}" + "".join(f"{_milliseconds(figure):>10}" for figure in figures)
     yield "-: too few samples for that figure (p90 44, p99 460, p99.9 4600)"

@@ -184,5 +184,32 @@ class Stream:
         return None if self.first_ns else "no_tokens"
 
 
+class PlainAnswer(Stream):
+    """An answer that is no stream of tokens: what counts is its status, and that all of it came."""
+
+    __slots__ = ("_bounded",)
+
+    def __init__(self, target: Target, counters: Counters, check: bool) -> None:
+        super().__init__(target, counters, check)
+        self._bounded = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Called by the parser: whether the answer says where it ends."""
+        self._bounded = self._bounded or name.lower() in (b"content-length", b"transfer-encoding")
+
+    def on_body(self, data: bytes) -> None:
+        """Called by the parser: what an app answers is nobody's business here."""
+
+    def eof(self) -> str | None:
+        """See `Stream`: where nothing said how long the answer is, this is its proper end."""
+        if not self.status:
+            return "reset"
+        return "truncated" if self._bounded and _good(self.status) else self.verdict()
+
+    def verdict(self) -> str | None:
+        """See `Stream`."""
+        return self.broken or (None if _good(self.status) else f"http_{self.status}")
+
+
 def _good(status: int) -> bool:
     return 200 <= status < 300

@@ -26,7 +26,7 @@ TokenKind = Callable[[Mapping[str, Any]], int]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One endpoint of an OpenAI-compatible server."""
+    """One endpoint of an OpenAI-compatible server; that of plain requests has no tokens to look for."""
 
     path: str
     scan: Callable[[bytes], int]
@@ -104,7 +104,16 @@ def _text_prompt(text: str) -> dict[str, Any]:
     return {"prompt": text}
 
 
+def _no_prompt(text: str) -> dict[str, Any]:
+    raise NotImplementedError("a plain request has no prompt")
+
+
+def _no_tokens(event: bytes) -> int:
+    return NONE
+
+
 _TARGETS: dict[BenchEndpoint, Target] = {
     "chat": Target("/v1/chat/completions", _scan_chat, _kind_chat, _chat_prompt),
     "completions": Target("/v1/completions", _scan_text, _kind_text, _text_prompt),
+    "http": Target("/", _no_tokens, _kind_text, _no_prompt),
 }

@@ -6,17 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-BenchEndpoint = Literal["chat", "completions"]
+from mdeploy.bench.request import Ask
+
+BenchEndpoint = Literal["chat", "completions", "http"]
+"""`http` is one plain request without tokens: apps, and any other server."""
 
 
 @dataclass(frozen=True, slots=True)
 class BenchTarget:
-    """A server to measure. `base_url` may end in /v1 or not; without a model the server is asked for one."""
+    """A server to measure. `base_url` may end in /v1 or not; without a model the server is asked for one.
+
+    `kind` is that of the service, empty for a URL.
+    """
 
     base_url: str
     model: str | None = None
     api_key: str | None = field(default=None, repr=False)
     name: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +31,7 @@ class BenchOptions:
     """A closed loop: `concurrency` requests at any time, for `duration_s` seconds or `requests` requests.
 
     With neither of the two, 30 seconds. Lengths are in tokens, `timeout_s` is per request,
-    `workers` are load processes (None: as many as the concurrency needs).
+    `workers` are load processes (None: as many as the concurrency needs). `ask` is the request of endpoint `http`.
     """
 
     concurrency: int = 8
@@ -36,6 +43,7 @@ class BenchOptions:
     workers: int | None = None
     timeout_s: float = 120.0
     seed: int = 0
+    ask: Ask = field(default_factory=Ask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +51,7 @@ class LoadPlan:
     """Everything a load worker needs; all bytes are serialised before the load starts.
 
     Request i is `head`, the body's length, `body_start`, four words of `nonce` that spell i (so that no
-    two prompts share a prefix), `tails[i % len(tails)]` and `body_end`.
+    two prompts share a prefix), `tails[i % len(tails)]` and `body_end`. A plain request has only `body_start`.
     """
 
     base_url: str

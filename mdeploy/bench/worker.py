@@ -17,7 +17,7 @@ import time
 from mdeploy.bench import clock, targets
 from mdeploy.bench.plan import request_bytes
 from mdeploy.bench.stats import Histogram
-from mdeploy.bench.stream import Counters, Stream
+from mdeploy.bench.stream import Counters, PlainAnswer, Stream
 from mdeploy.bench.types import Sample
 from mdeploy.bench.wire import CANCELLED, READY, Job, Tick, WorkerReport, frame, read_frame
 
@@ -66,6 +66,7 @@ class Worker:
         self._job = job
         self._plan = job.plan
         self._target = targets.for_endpoint(job.plan.endpoint)
+        self._answer = PlainAnswer if job.plan.endpoint == "http" else Stream
         self._timeout_ns = int(job.plan.timeout_s * 1e9)
         self._epoll = select.epoll()
         self._slots = [Slot() for _ in range(job.concurrency)]
@@ -193,7 +194,7 @@ class Worker:
         self._begun += 1
         self._running += 1
         slot.begun_ns, slot.resume_ns, slot.connect_ns, slot.sent_ns = now, 0, 0, 0
-        slot.stream = Stream(self._target, self._counters, check)
+        slot.stream = self._answer(self._target, self._counters, check)
         slot.out = memoryview(request_bytes(self._plan, number))
         if slot.sock is None:
             self._open(slot)

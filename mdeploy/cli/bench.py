@@ -17,6 +17,7 @@ from mdeploy.specs import SCHEMA, to_json
 
 if TYPE_CHECKING:
     from mdeploy.bench.load import OnProgress
+    from mdeploy.bench.request import Ask
 
 _DEFAULTS = BenchOptions()
 
@@ -47,7 +48,17 @@ def bench(
     output_tokens: Annotated[
         int, typer.Option(metavar="N", help="Answer length; forced with ignore_eos where the server takes it.")
     ] = _DEFAULTS.output_tokens,
-    endpoint: Annotated[BenchEndpoint, typer.Option(help="Which API to call.")] = _DEFAULTS.endpoint,
+    endpoint: Annotated[
+        BenchEndpoint | None, typer.Option(help="Which API to call. Without it: what the service is.")
+    ] = None,
+    path: Annotated[str | None, typer.Option(metavar="/PATH", help="App, or any server: the path to ask.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="BODY|@FILE", help="App: the body. Without it: the handler's example.")
+    ] = None,
+    form: Annotated[
+        list[str] | None, typer.Option("--file", metavar="FIELD=@FILE", help="App: a file, or FIELD=text, of a form.")
+    ] = None,
+    content_type: Annotated[str | None, typer.Option(metavar="TYPE", help="App: media type of the body.")] = None,
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Served model. Without it: the first the server lists.")
     ] = None,
@@ -65,6 +76,9 @@ def bench(
 ) -> None:
     """Measure a server: N requests in flight, each followed by the next one.
 
+    A language model is asked for tokens. An app is asked its handler's own example, or what
+    --path, --data and --file say; --endpoint http asks any server so.
+
     Latencies run from a request's first byte sent to the kernel's receipt of
     the answer. Token counts are the server's own. MDEPLOY_API_KEY is the key
     of a server that wants one.
@@ -77,26 +91,36 @@ def bench(
     import dataclasses
 
     from mdeploy import bench as measure
-    from mdeploy.bench import plan
+    from mdeploy.bench import plan, request
 
+    ask = request.asked(path, data, form or [], content_type)
+    _check_endpoint(endpoint, ask)
     asked = BenchOptions(
         concurrency=concurrency,
         duration_s=duration,
         requests=requests,
         input_tokens=input_tokens,
         output_tokens=output_tokens,
-        endpoint=endpoint,
+        endpoint=endpoint or ("http" if ask else _DEFAULTS.endpoint),
         workers=workers,
         timeout_s=timeout,
         seed=seed,
+        ask=ask or request.Ask(),
     )
     plan.validate(asked)
     _check_writable(file)
     found = _target(target)
     found = dataclasses.replace(found, model=model) if model else found
+    if endpoint is None and found.kind not in ("", "llm"):
+        asked = dataclasses.replace(asked, endpoint="http")
     with _progress(found, asked) as on_progress:
         result = measure.run(found, asked, on_progress)
     _show(result, file, as_json=as_json)
+
+
+def _check_endpoint(endpoint: BenchEndpoint | None, ask: Ask | None) -> None:
+    if ask is not None and endpoint not in (None, "http"):
+        raise UsageError(f"--path, --data and --file do not go with --endpoint {endpoint}", hint="--endpoint http")
 
 
 def _target(text: str | None) -> BenchTarget:

@@ -82,23 +82,24 @@ def _settings_in(place: Path, real: Settings, endpoint: str) -> Settings:
 
 
 def _download(loaded: Settings) -> None:
-    from mdeploy import prepare
+    from mdeploy import weights
     from mdeploy.hub import refs
 
     _step(f"mdeploy download {_MODEL}", "through the modelscope SDK")
-    model = prepare.download(loaded, refs.parse(_MODEL, None))
+    model = weights.download(loaded, refs.parse(_MODEL, None))
     output.say(f"  {model.files} files, {output.human_bytes(model.bytes)}, into {model.path}")
 
 
 @contextlib.contextmanager
 def _service(loaded: Settings) -> Iterator[ServiceStatus]:
-    from mdeploy import prepare, services
-    from mdeploy.cli.serve import Progress
+    from mdeploy import prepare, prepare_llm, services
+    from mdeploy.cli.launching import Progress
+    from mdeploy.drafts import Terms
     from mdeploy.resolve import Wanted
 
     _step(f"mdeploy serve llm {_MODEL} -d", "vLLM under our supervisor")
-    request = prepare.LlmRequest(Wanted(_MODEL), name="demo")
-    spec = prepare.prepare_llm(loaded, request, dry_run=False, progress=None, say=output.say)
+    request = prepare_llm.LlmRequest(Wanted(_MODEL), terms=Terms(name="demo"))
+    spec = prepare.prepare(loaded, request, dry_run=False, progress=None, say=output.say)
     try:
         yield services.launch(loaded, spec.name, Progress())
     finally:

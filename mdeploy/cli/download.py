@@ -40,14 +40,14 @@ def download(
     What an earlier run left is resumed, and a complete model transfers nothing. The cache is the
     one the ModelScope SDK, vLLM and funasr use. Private models: set MODELSCOPE_API_TOKEN.
     """
-    from mdeploy import prepare, settings
+    from mdeploy import settings, weights
     from mdeploy.hub import refs
 
     ref = refs.parse(model, revision)
     flags = {"cache_dir": str(cache_dir) if cache_dir else None, "endpoint": endpoint}
     loaded = settings.load(flags=flags)
     with progress_bar() as bar:
-        found = prepare.download(loaded, ref, local_dir=local_dir, progress=bar)
+        found = weights.download(loaded, ref, local_dir=local_dir, progress=bar)
     output.say(_summary(found))
     output.emit(_document(found), as_json=as_json, human=lambda: found.path)
 

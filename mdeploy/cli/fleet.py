@@ -97,7 +97,7 @@ def rollback(
 
 
 def _listener(bar: Bar | None) -> Listener:
-    from mdeploy.cli.serve import Progress
+    from mdeploy.cli.launching import Progress
     from mdeploy.fleet import Listener
 
     each: dict[str, Progress] = {}
@@ -158,7 +158,7 @@ def _diff_row(one: Compared) -> dict[str, Any]:
 
 
 def _step_row(step: Step) -> dict[str, Any]:
-    from mdeploy.cli.serve import described
+    from mdeploy.cli.launching import described
 
     return {**_diff_row(step.compared), **described(step.spec)}
 
@@ -185,7 +185,7 @@ def _table(outcomes: Sequence[Outcome]) -> str:
 
 
 def _steps(steps: Sequence[Step]) -> str:
-    from mdeploy.cli.serve import rendered
+    from mdeploy.cli.launching import rendered
 
     return "\n\n".join(f"{_difference(step.compared)}\n{rendered(step.spec)}" for step in steps)
 

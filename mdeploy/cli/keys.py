@@ -92,7 +92,7 @@ def rm(
 
 
 def _listener() -> Listener:
-    from mdeploy.cli.serve import Progress
+    from mdeploy.cli.launching import Progress
     from mdeploy.keys import Listener
 
     return Listener(Progress(), output.say)

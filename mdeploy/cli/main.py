@@ -30,6 +30,7 @@ VERBS = {
     "mirror": "mirror",
     "engines": "engines",
     "serve": "serve",
+    "init": "init",
     "run": "run",
     "ps": "ps",
     "logs": "logs",
@@ -43,6 +44,8 @@ VERBS = {
     "install-systemd": "systemd",
     "uninstall-systemd": "systemd",
     "bench": "bench",
+    "cluster": "cluster",
+    "export": "export",
 }
 
 

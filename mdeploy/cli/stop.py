@@ -42,21 +42,30 @@ def stop(names: Names = None, everything: All = False) -> None:
     _each(_chosen(names, everything, lambda: [s.spec.name for s in services.list_services(loaded)]), one)
 
 
-def restart(names: Names = None, everything: All = False, as_json: options.JsonFlag = False) -> None:
-    """Stop services and start them again.
+def restart(
+    names: Names = None,
+    everything: All = False,
+    hard: Annotated[bool, typer.Option("--hard", help="Stop and start also what could go on serving.")] = False,
+    as_json: options.JsonFlag = False,
+) -> None:
+    """Restart services; an app goes on serving meanwhile.
 
-    They start as they were, in the background or under systemd.
+    An app that is ready replaces its workers one after the other, each before it retires: new code is
+    taken over without a lost request. Where a new worker does not start, the old ones go on. Other
+    services, and all with --hard, are stopped and started as they were, in the background or under
+    systemd.
     """
     from mdeploy import services, settings
+    from mdeploy.cli.launching import Progress
     from mdeploy.cli.ps import row
-    from mdeploy.cli.serve import Progress
 
     loaded = settings.load()
     started: list[ServiceStatus] = []
 
     def one(name: str) -> None:
-        started.append(services.restart_service(loaded, name, Progress()))
-        output.say(f"{name} is ready: {started[-1].spec.url}/v1")
+        started.append(services.restart_service(loaded, name, Progress(), output.say, hard=hard))
+        spec = started[-1].spec
+        output.say(f"{name} is ready: {spec.url}{'/v1' if spec.kind == 'llm' else ''}")
 
     def running() -> list[str]:
         return [s.spec.name for s in services.list_services(loaded) if s.phase != "stopped"]

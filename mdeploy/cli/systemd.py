@@ -43,7 +43,7 @@ def install(
     before anything is changed; a service that does not become ready is taken back.
     """
     from mdeploy import installation, settings
-    from mdeploy.cli.serve import Progress
+    from mdeploy.cli.launching import Progress
 
     loaded = settings.load()
     wanted = tuple(dict.fromkeys(names or ()))

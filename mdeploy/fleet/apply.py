@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 from mdeploy import credentials, prepare, reservations, services
-from mdeploy.credentials import KEY_VARIABLE
 from mdeploy.errors import ConfigError, MdeployError, NotReadyError
 from mdeploy.fleet import compare, file, plan, revisions
 from mdeploy.fleet.compare import Change, Compared
@@ -261,8 +260,8 @@ def _with_kept_key(paths: Paths, spec: ServiceSpec) -> ServiceSpec:
     file = credentials.key_file(paths, spec.name)
     if not file.exists() or spec.secrets:
         return spec
-    probe = dataclasses.replace(spec.probe, bearer=KEY_VARIABLE)
-    return dataclasses.replace(spec, secrets={KEY_VARIABLE: str(file)}, probe=probe)
+    probe = dataclasses.replace(spec.probe, bearer=credentials.variable(spec.kind))
+    return dataclasses.replace(spec, secrets=credentials.secrets_of(paths, spec.name, spec.kind), probe=probe)
 
 
 def _check(paths: Paths, spec: ServiceSpec, status: ServiceStatus) -> None:
@@ -271,7 +270,8 @@ def _check(paths: Paths, spec: ServiceSpec, status: ServiceStatus) -> None:
     for key in spec.secrets.values():
         first_key(Path(key))
     if not Path(spec.argv[0]).exists():
-        raise ConfigError(f"the engine of that revision is gone: {spec.argv[0]}", hint="mdeploy engines install vllm")
+        hint = "mdeploy engines install vllm" if spec.kind == "llm" else ""
+        raise ConfigError(f"the engine of that revision is gone: {spec.argv[0]}", hint=hint)
     if status.pid is None or status.spec.port != spec.port:
         check_port(spec.host, spec.port)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
-from mdeploy import prepare
+from mdeploy import drafts, wishes
 from mdeploy.errors import UsageError
 from mdeploy.fleet.document import Document, KeyPath, Mistake
 from mdeploy.fleet.schema import VERSION, FileEntry, GpusEntry, LifecycleEntry, LimitsEntry, ServiceEntry
@@ -18,9 +18,27 @@ from mdeploy.supervise import state
 Problem = tuple[KeyPath, str]
 """What is wrong, at a path that starts at the service."""
 
+_OF_LLM = ("engine", "tp", "gpu_memory_utilization", "max_model_len", "dtype", "args")
+_OF_APP = (
+    "handler",
+    "python",
+    "path",
+    "workers_per_gpu",
+    "batch",
+    "batch_cost",
+    "max_wait_ms",
+    "timeout",
+    "queue",
+    "max_body",
+    "cors",
+    "config",
+)
+_FOREIGN = {
+    "batch": "vLLM forms its batches by itself; their limit is args: [--max-num-seqs, '64']",
+    "workers_per_gpu": "vLLM runs one process a GPU; for more of them declare more services",
+}
 _MONTH_S = 30 * 86400.0
 _LEAST_LOG_BYTES = 64 << 10
-_OURS = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 _WILDCARDS = ("0.0.0.0", "::", "")
 
 T = TypeVar("T")
@@ -41,9 +59,15 @@ def _merged_value(name: str, defaults: Any, own: Any) -> Any:
     return merged(usual, special) if name in ("limits", "auth", "lifecycle") else special
 
 
+def effective(defaults: ServiceEntry, own: ServiceEntry) -> ServiceEntry:
+    """A service with the defaults that its kind has; the others are for services of another kind."""
+    foreign = _OF_LLM if (own.kind or defaults.kind) == "app" else _OF_APP
+    return merged(replace(defaults, **dict.fromkeys(foreign)), own)
+
+
 def check(document: Document, parsed: FileEntry, default_host: str) -> tuple[Mistake, ...]:
     """Everything that is wrong with entries of the right shape."""
-    services = {name: merged(parsed.defaults, own) for name, own in parsed.services.items()}
+    services = {name: effective(parsed.defaults, own) for name, own in parsed.services.items()}
     declared = document.data.get("services")  # those too whose entry was left out as wrong
     problems = [*_file(parsed, declared), *_names(services)]
     for name, entry in services.items():
@@ -86,18 +110,29 @@ def _names(services: Mapping[str, ServiceEntry]) -> Iterator[Problem]:
 
 def _kind(entry: ServiceEntry) -> Iterator[Problem]:
     kind = entry.kind or "llm"
-    if kind != "llm":
-        yield ("kind",), f"kind {kind} is not served by this version, llm is"
-    elif entry.batch is not None:
-        yield ("batch",), "vLLM forms its batches by itself; their limit is args: [--max-num-seqs, '64']"
-    if kind == "llm" and entry.workers_per_gpu is not None:
-        yield ("workers_per_gpu",), "vLLM runs one process a GPU; for more of them declare more services"
+    if kind not in ("llm", "app"):
+        yield ("kind",), f"kind {kind} is not served by this version, llm and app are"
+        return
+    for name in _OF_LLM if kind == "app" else _OF_APP:
+        if getattr(entry, name) is not None:
+            yield (name,), _FOREIGN.get(name, f"belongs to services of kind {'llm' if kind == 'app' else 'app'}")
 
 
 def _model(entry: ServiceEntry) -> Iterator[Problem]:
     model = entry.model
-    if not (entry.recipe or (model and (model.id or model.source))):
+    if entry.kind == "app":
+        if not (entry.handler or entry.recipe):
+            yield ("handler",), "is missing: FILE.py:Class, or a recipe"
+        if model and not (model.id or model.source):
+            yield ("model",), "names neither id nor source"
+    elif not (entry.recipe or (model and (model.id or model.source))):
         yield ("model",), "is missing: owner/name, a directory, or a recipe"
+
+
+def _app(entry: ServiceEntry) -> Iterator[Problem]:
+    if entry.kind == "app":
+        for name, text in wishes.problems(entry.app_wish()):
+            yield tuple(name.split(".")), text
 
 
 def _numbers(entry: ServiceEntry) -> Iterator[Problem]:
@@ -119,7 +154,7 @@ def _numbers(entry: ServiceEntry) -> Iterator[Problem]:
 
 
 def _texts(entry: ServiceEntry) -> Iterator[Problem]:
-    for name in ("host", "recipe", "engine", "max_model_len", "dtype"):
+    for name in ("host", "recipe", "engine", "max_model_len", "dtype", "python"):
         if getattr(entry, name) == "":
             yield (name,), "is empty"
 
@@ -128,8 +163,10 @@ def _gpus(entry: ServiceEntry) -> Iterator[Problem]:
     if entry.gpus is None:
         return
     ids, count = entry.gpus.ids, entry.gpus.count
-    if (ids is None) == (count is None):
+    if sum(given is not None for given in (ids, count, entry.gpus.which)) != 1:
         yield ("gpus",), "takes either ids or count"
+    elif entry.gpus.which and entry.kind != "app":
+        yield ("gpus",), f"{entry.gpus.which} is for services of kind app: name ids, or a count"
     elif count is not None and not 1 <= count <= 1024:
         yield ("gpus",), f"count must be at least 1, not {count}"
     elif ids is not None and (not ids or min(ids) < 0 or len(set(ids)) != len(ids)):
@@ -145,9 +182,9 @@ def _env(entry: ServiceEntry) -> Iterator[Problem]:
     for name in env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             yield ("env", name), "is no name of a variable"
-        elif name in _OURS:
+        elif drafts.device_names({name: ""}):
             yield ("env", name), "is set by mdeploy: name devices with gpus: {ids: […]}"
-    for name in prepare.secret_names(env):
+    for name in drafts.secret_names(env):
         yield ("env", name), "sounds like a secret: those do not belong in this file; a key is declared by auth"
 
 
@@ -161,6 +198,7 @@ def _auth(entry: ServiceEntry) -> Iterator[Problem]:
 _RULES: tuple[Callable[[ServiceEntry], Iterator[Problem]], ...] = (
     _kind,
     _model,
+    _app,
     _numbers,
     _texts,
     _gpus,

@@ -6,7 +6,6 @@ what follows from the state of the machine: free memory changes by itself, and r
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -15,13 +14,13 @@ from typing import Any, Literal
 
 from mdeploy import credentials
 from mdeploy.credentials import Key
+from mdeploy.drafts import Draft
 from mdeploy.errors import ConfigError, NotFoundError
 from mdeploy.fleet import revisions
 from mdeploy.fleet.file import Service
 from mdeploy.fleet.revisions import Revision
 from mdeploy.paths import Paths
-from mdeploy.prepare import Draft
-from mdeploy.specs import ServiceStatus, to_json
+from mdeploy.specs import ServiceStatus
 from mdeploy.supervise import state
 from mdeploy.supervise.secrets import first_key
 from mdeploy.supervise.state import ServiceFiles
@@ -55,8 +54,8 @@ class Compared:
     revision: Revision | None
 
 
-def compare(paths: Paths, service: Service, asked: Draft, directory: Path) -> Compared:
-    """What would change if the file were applied. `directory` is where the model is, or would be."""
+def compare(paths: Paths, service: Service, asked: Draft, directory: Path | None) -> Compared:
+    """What would change if the file were applied. `directory` is where the model is, or would be, if it has one."""
     declared = dict(_declared(service, asked, directory))
     status = present(paths, service.name)
     if status is None:
@@ -95,17 +94,15 @@ def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[Chang
     return tuple(Change(k, before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k))
 
 
-def _declared(service: Service, asked: Draft, directory: Path) -> Iterator[tuple[str, str]]:
+def _declared(service: Service, asked: Draft, directory: Path | None) -> Iterator[tuple[str, str]]:
     """The entry key by key, and what stands behind its names."""
     flat = dict(_flat("", service.entry))
     for name in _IRRELEVANT:
         flat.pop(name, None)
-    yield from {**flat, "kind": "llm", "host": asked.host}.items()
-    yield "engine", f"{asked.engine.name} ({asked.engine.version})"
-    yield "directory", str(directory)
-    if asked.model.recipe:
-        content = hashlib.sha256(to_json(asked.model.recipe)).hexdigest()[:8]
-        yield "recipe", f"{asked.model.recipe.model} ({content})"
+    yield from {"kind": "llm", **flat, "host": asked.host}.items()
+    yield from asked.stands_for().items()
+    if directory is not None:
+        yield "directory", str(directory)
     yield "auth.key", _key_asked(asked.key)
 
 

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mdeploy import prepare
+from mdeploy.drafts import Terms
 from mdeploy.errors import NotFoundError
 from mdeploy.fleet import checks, document, schema
 from mdeploy.fleet.document import Mistake
 from mdeploy.fleet.schema import GpusEntry, LifecycleEntry, LimitsEntry, ModelEntry, ServiceEntry
 from mdeploy.paths import expand
+from mdeploy.prepare_app import AppRequest
+from mdeploy.prepare_llm import LlmRequest
 from mdeploy.resolve import Wanted
 from mdeploy.settings import Settings
 from mdeploy.specs import Limits, LlmOptions
@@ -75,7 +78,7 @@ def load(settings: Settings, path: Path) -> Fleet:
     mistakes = [*earlier, *(m for m in later if not _repeats(m, earlier))]
     if mistakes or parsed is None:
         raise read.error(mistakes)
-    entries = {name: checks.merged(parsed.defaults, own) for name, own in parsed.services.items()}
+    entries = {name: checks.effective(parsed.defaults, own) for name, own in parsed.services.items()}
     services = (Service(name, entries[name], _where(read, name)) for name in checks.order(entries))
     return Fleet(expand(path), str(path), tuple(services))
 
@@ -90,23 +93,26 @@ def _where(read: document.Document, name: str) -> str:
     return f"{read.file}:{read.line(('services', name))}: services.{name}"
 
 
-def request(service: Service, path: Path) -> prepare.LlmRequest:
-    """What `serve llm` would have been asked for this service; relative paths start at the file."""
+def request(service: Service, path: Path) -> prepare.Request:
+    """What `serve` would have been asked for this service; relative paths start at the file."""
     entry = service.entry
-    return prepare.LlmRequest(
-        _wanted(entry.model or ModelEntry(), entry.recipe, path.parent),
-        _wish(entry, entry.gpus or GpusEntry()),
+    terms = Terms(
         name=service.name,
         host=entry.host,
         port=entry.port,
         insecure=bool(entry.insecure),
-        engine=entry.engine,
         env=entry.env or {},
         limits=_limits(entry.limits or LimitsEntry(), entry.lifecycle or LifecycleEntry()),
         restart=(entry.lifecycle and entry.lifecycle.restart) or "on-failure",
         depends_on=service.depends_on,
         key=entry.auth.key if entry.auth else None,
+        base=path.parent,
     )
+    if entry.kind == "app":
+        model = _wanted(entry.model, None, path.parent) if entry.model else None
+        return AppRequest(entry.app_wish(), terms, entry.recipe, model)
+    wanted = _wanted(entry.model or ModelEntry(), entry.recipe, path.parent)
+    return LlmRequest(wanted, _llm_wish(entry, entry.gpus or GpusEntry()), terms, entry.engine)
 
 
 def _wanted(model: ModelEntry, recipe: str | None, base: Path) -> Wanted:
@@ -114,7 +120,7 @@ def _wanted(model: ModelEntry, recipe: str | None, base: Path) -> Wanted:
     return Wanted(model.id or "", model.revision, recipe, source, base)
 
 
-def _wish(entry: ServiceEntry, gpus: GpusEntry) -> LlmOptions:
+def _llm_wish(entry: ServiceEntry, gpus: GpusEntry) -> LlmOptions:
     return LlmOptions(
         tp=entry.tp,
         gpus=gpus.ids,

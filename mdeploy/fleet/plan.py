@@ -10,13 +10,13 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from mdeploy import prepare, reservations
+from mdeploy import prepare, reservations, weights
+from mdeploy.drafts import Draft, Weights
 from mdeploy.errors import DoesNotFitError, MdeployError
 from mdeploy.fleet import compare, file
 from mdeploy.fleet.compare import Change, Compared
 from mdeploy.fleet.file import Fleet, Service
 from mdeploy.paths import Paths
-from mdeploy.prepare import Draft, Weights
 from mdeploy.reservations import Holder, Neighbours
 from mdeploy.settings import Settings
 from mdeploy.specs import Say, ServiceSpec, ServiceStatus
@@ -84,7 +84,7 @@ def compared(settings: Settings, fleet: Fleet, services: Sequence[Service]) -> t
 
     def one(service: Service) -> tuple[Compared, Draft]:
         draft = prepare.draft(settings, file.request(service, fleet.path))
-        directory = prepare.directory_of(settings, draft.model)
+        directory = weights.directory_of(settings, draft.model) if draft.model else None
         return compare.compare(settings.paths, service, draft, directory), draft
 
     return _each(services, one)
@@ -102,8 +102,8 @@ def steps(
 
     def fetched(service: Service) -> _Candidate:
         found, draft = looked_up[chosen.index(service)]
-        weights = prepare.fetch(settings, draft, dry_run=dry_run, progress=listener.download, say=listener.say)
-        return _Candidate(service, found, draft, weights)
+        model = prepare.fetch(settings, draft, dry_run=dry_run, progress=listener.download, say=listener.say)
+        return _Candidate(service, found, draft, model)
 
     candidates = _each(chosen, fetched)
     with contextlib.nullcontext() if dry_run else reservations.locked(settings.paths):

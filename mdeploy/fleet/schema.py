@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from mdeploy.fleet.document import Document, KeyPath, Mistake, as_json
-from mdeploy.specs import RestartPolicy
+from mdeploy.specs import AppWish, RestartPolicy
 
 VERSION = 1
 
@@ -34,12 +34,13 @@ class ModelEntry:
 
 @dataclass(frozen=True, slots=True)
 class GpusEntry:
-    """These devices, or that many; `shared` says on purpose that others use them too."""
+    """These devices, that many, all, or none; `shared` says on purpose that others use them too."""
 
     __pydantic_config__: ClassVar[Mapping[str, str]] = _NO_OTHER_KEYS
     ids: tuple[int, ...] | None = None
     count: int | None = None
     shared: bool | None = None
+    which: Literal["all", "none"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +89,30 @@ class ServiceEntry:
     dtype: str | None = None
     args: tuple[str, ...] | None = None
     env: Mapping[str, str] | None = None
-    batch: int | None = None
+    handler: tuple[str, ...] | None = None
+    python: str | None = None
+    path: tuple[str, ...] | None = None
     workers_per_gpu: int | None = None
+    batch: int | None = None
+    batch_cost: float | None = None
+    max_wait_ms: float | None = None
+    timeout: float | None = None
+    queue: int | None = None
+    max_body: int | None = None
+    cors: tuple[str, ...] | None = None
+    config: Mapping[str, Mapping[str, Any]] | None = None
     limits: LimitsEntry | None = None
     auth: AuthEntry | None = None
     lifecycle: LifecycleEntry | None = None
     depends_on: tuple[str, ...] | None = None
+
+    def app_wish(self) -> AppWish:
+        """What it says of an app."""
+        gpus = self.gpus or GpusEntry()
+        same = {name: getattr(self, name) for name in _OF_APP_WISH}
+        return AppWish(
+            handlers=self.handler, paths=self.path, gpus=gpus.which or gpus.ids, gpu_count=gpus.count, **same
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +125,9 @@ class FileEntry:
     defaults: ServiceEntry = field(default_factory=ServiceEntry)
 
 
+_OF_NUMBERS = ("workers_per_gpu", "batch", "batch_cost", "max_wait_ms", "timeout", "queue", "max_body")
+_OF_APP_WISH = ("python", *_OF_NUMBERS, "cors", "config")
+
 _PARTS: Mapping[str, type] = {
     "model": ModelEntry,
     "gpus": GpusEntry,
@@ -114,14 +136,18 @@ _PARTS: Mapping[str, type] = {
     "lifecycle": LifecycleEntry,
 }
 _DURATION = "seconds, or a duration like 90s or 10m"
+_SIZE = "bytes, or a size like 64MiB"
 _EXPECTED = {
     "model": "owner/name, a directory, or {id: …, revision: …, source: …}",
-    "gpus": '"0,1", [0, 1], {ids: [0, 1]} or {count: 2}',
+    "gpus": '"0,1", [0, 1], {ids: [0, 1]}, {count: 2}, all or none',
+    "which": "all or none",
     "ready_timeout": _DURATION,
+    "timeout": _DURATION,
     "drain": _DURATION,
-    "log_bytes": "bytes, or a size like 64MiB",
+    "log_bytes": _SIZE,
+    "max_body": _SIZE,
     "services": "a mapping of names to services",
-    "kind": "llm (or embed, gme, asr, app)",
+    "kind": "llm or app (embed, gme and asr are to come)",
     "restart": "always, on-failure or never",
 }
 _EXPECTED_OF_TYPE = {
@@ -232,6 +258,8 @@ def _model(value: Any) -> Any:
 def _gpus(value: Any) -> Any:
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}( *, *[0-9]{1,9})*", value.strip()):
         return {"ids": [int(part) for part in value.split(",")]}
+    if value in ("all", "none"):
+        return {"which": value}
     return {"ids": value} if isinstance(value, list) else value
 
 
@@ -239,11 +267,20 @@ def _names(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-_SHORT_FORMS: Mapping[str, Callable[[Any], Any]] = {"model": _model, "gpus": _gpus, "depends_on": _names}
+_SHORT_FORMS: Mapping[str, Callable[[Any], Any]] = {
+    "model": _model,
+    "gpus": _gpus,
+    "depends_on": _names,
+    "handler": _names,
+    "path": _names,
+    "cors": _names,
+}
 _CONVERTED: Mapping[str, Callable[[str], Any]] = {
     "ready_timeout": _seconds,
     "drain": _seconds,
     "log_bytes": _bytes,
+    "max_body": _bytes,
+    "timeout": _seconds,
 }
 _TEXTS = frozenset(
     [
@@ -261,6 +298,10 @@ _TEXTS = frozenset(
         "id",
         "revision",
         "source",
+        "handler",
+        "python",
+        "path",
+        "cors",
     ]
 )
 

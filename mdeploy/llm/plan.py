@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from mdeploy import devices
 from mdeploy.errors import DoesNotFitError, UsageError
 from mdeploy.specs import Gpu, GpuPlan, LlmOptions, ModelFacts, Recipe
 
@@ -67,9 +68,9 @@ def plan_cuda(
     _check(facts, wish, tp)
     _check_count(gpus, wish, tp)
     if wish.gpus:
-        chosen, why = wish.gpus, "; ".join(["as wished", *_shared(wish.gpus, taken)])
+        chosen, why = wish.gpus, devices.as_wished(wish.gpus, taken)
     else:
-        chosen, why = _choose(gpus, tp, taken, before)
+        chosen, why = devices.choose(gpus, tp, taken, before)
     max_len, reasons = _max_len(facts, wish, recipe)
     reasons.append(f"GPU {', '.join(map(str, chosen))}: {why}")
     util = wish.gpu_memory_utilization or (recipe.gpu_memory_utilization if recipe else None)
@@ -102,37 +103,12 @@ def _check_count(gpus: Sequence[Gpu], wish: LlmOptions, tp: int) -> None:
             hint="mdeploy engines install vllm --variant cpu   (to try things out without a GPU)",
         )
     known = ", ".join(map(str, sorted(present)))
-    missing = [str(index) for index in wish.gpus or () if index not in present]
-    if missing:
-        raise DoesNotFitError(f"no GPU {', '.join(missing)} on this machine", hint=f"GPUs: {known}")
+    devices.check_present(gpus, wish.gpus or ())
     named = len(wish.gpus) if wish.gpus else wish.gpu_count
     if named and named != tp:
         raise UsageError(f"--tp {tp} with {named} GPUs in --gpus", hint="name as many GPUs as --tp says")
     if tp > len(present):
         raise DoesNotFitError(f"--tp {tp} needs {tp} GPUs, this machine has {len(present)}", hint=f"GPUs: {known}")
-
-
-def _choose(
-    gpus: Sequence[Gpu], tp: int, taken: Mapping[int, str], before: Sequence[int]
-) -> tuple[tuple[int, ...], str]:
-    """Devices that nobody has, and why these."""
-    free = {gpu.index: gpu for gpu in gpus if gpu.index not in taken}
-    if len(before) == tp and set(before) <= set(free):
-        return tuple(before), "as before"
-    if tp > len(free):
-        whose = ", ".join(f"GPU {gpu.index} belongs to {taken[gpu.index]}" for gpu in gpus if gpu.index in taken)
-        first = ",".join(str(gpu.index) for gpu in gpus[:tp])
-        raise DoesNotFitError(
-            f"{tp} GPU{'s' if tp > 1 else ''} needed, {len(free)} of {len(gpus)} not in use: {whose}",
-            hint=f"stop one of them (mdeploy stop NAME), or share on purpose: --gpus {first}",
-        )
-    roomiest = sorted(free.values(), key=lambda gpu: (-gpu.free_mib, gpu.index))[:tp]
-    why = "most free memory" + (" of those nobody has" if taken else "")
-    return tuple(sorted(gpu.index for gpu in roomiest)), why
-
-
-def _shared(wanted: Sequence[int], taken: Mapping[int, str]) -> list[str]:
-    return [f"GPU {index} also belongs to {taken[index]}" for index in wanted if index in taken]
 
 
 def _max_len(facts: ModelFacts, wish: LlmOptions, recipe: Recipe | None) -> tuple[str | None, list[str]]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mdeploy.errors import MdeployError
+from mdeploy.errors import MdeployError, UnavailableError
 from mdeploy.serving import answers, cluster_node, cluster_replica, cluster_serve, cluster_source, load
 from mdeploy.serving.backend import Observer
 from mdeploy.serving.cluster_gcs import Head, Node
@@ -35,6 +35,9 @@ from mdeploy.serving.process import StartError
 _POLL_S, _STEADY_S = 1.0, 2.0
 _LOST_AFTER_S = 15.0
 """How long the head may not answer before the service gives up, for its supervisor to begin anew."""
+
+_PATIENCE_S = 60.0
+"""How long a start waits for a head that does not answer, or does not know this machine."""
 
 _OVERRIDES = ("max_batch_size", "max_batch_cost", "max_wait_ms", "timeout", "queue_size", "workers_per_device")
 
@@ -81,6 +84,7 @@ class Cluster:
         self._targets: dict[str, int] = {}
         self._keeper: asyncio.Task[None] | None = None
         self._digest = self._id = ""
+        self._is_connected = False
         self.backends: Mapping[str, ClusterBackend] = {}
         self.broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -89,9 +93,10 @@ class Cluster:
     async def start(self) -> None:
         """Until every handler has a replica that answered its example. Raises StartError."""
         self._say(f"connecting to the cluster at {self._cluster.address}")
+        own_ip = await self._own_ip()
         self._id = await asyncio.to_thread(self._head.cluster_id)
         with self._packed() as parcel:
-            await asyncio.to_thread(self._connect, parcel)
+            await asyncio.to_thread(self._connect, own_ip, parcel)
             _take_signals_back()
             self._services = await asyncio.to_thread(self._describe, parcel)
         await self._deploy()
@@ -106,20 +111,36 @@ class Cluster:
             root = Path(directory) / "parcel"
             yield cluster_source.pack(self._options.handlers, self._options.paths, root)
 
-    def _connect(self, parcel: Parcel) -> None:
+    def _connect(self, own_ip: str, parcel: Parcel) -> None:
         service = self._options.service
-        cluster_serve.connect(self._cluster.address, self._own_ip(), service, str(parcel.root), self._variables())
+        self._is_connected = True
+        cluster_serve.connect(self._cluster.address, own_ip, service, str(parcel.root), self._variables())
         cluster_serve.forward_logs(service, parcel.translate)
 
-    def _own_ip(self) -> str:
-        """This machine's address in the cluster: a driver speaks to the Ray beside it. Raises StartError."""
+    async def _own_ip(self) -> str:
+        """This machine's address in the cluster: a driver speaks to the Ray beside it. A head may be on its way back.
+
+        Raises UnavailableError.
+        """
+        deadline = asyncio.get_running_loop().time() + _PATIENCE_S
+        while True:
+            try:
+                found = await asyncio.to_thread(self._look_for_us)
+                problem = UnavailableError(f"this machine is no part of the cluster {self._cluster.address}")
+            except UnavailableError as error:
+                found, problem = None, error
+            if found:
+                return found
+            if asyncio.get_running_loop().time() > deadline:
+                raise problem
+            self._say(f"waiting for the cluster at {self._cluster.address}: {problem.message}")
+            await asyncio.sleep(_STEADY_S)
+
+    def _look_for_us(self) -> str | None:
         import psutil
 
         ours = {address.address for found in psutil.net_if_addrs().values() for address in found}
-        here = next((node.ip for node in self._head.nodes() if node.is_alive and node.ip in ours), None)
-        if here is None:
-            raise StartError("this machine is no part of the cluster any more: mdeploy cluster status")
-        return here
+        return next((node.ip for node in self._head.nodes() if node.is_alive and node.ip in ours), None)
 
     def _variables(self) -> Mapping[str, str]:
         names = filter(None, self._cluster.variables.split(","))
@@ -255,6 +276,8 @@ class Cluster:
             await asyncio.wait_for(asyncio.to_thread(self._leave), _LOST_AFTER_S)
 
     def _leave(self) -> None:
+        if not self._is_connected:
+            return
         if not self.broken.done():
             prefix = f"{self._options.service}:"
             cluster_serve.remove(lambda app: not app.startswith(prefix))

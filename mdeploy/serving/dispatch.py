@@ -24,8 +24,13 @@ _OUTSTANDING = 2
 _ATTEMPTS = 2
 """Workers one request may be in when they die, before it is taken for the cause."""
 
+_PATIENCE, _PATIENCE_S = 0.2, 0.01
+"""How long a worker that just got free waits for a batch like the last ones: this share of their time, at most so long.
+
+Clients that ask again as soon as they are answered come back one after the other, over some milliseconds."""
+
 _PACE = 0.2
-"""Weight of the newest batch in the moving average of seconds per request."""
+"""Weight of the newest batch in moving averages."""
 
 _RETRY_AFTER_S = (1.0, 60.0)
 
@@ -60,7 +65,7 @@ class Dispatcher:
         self._numbers = 0
         self._scheduled = False
         self._linger: asyncio.TimerHandle | None = None
-        self._seconds_each = 0.0
+        self._seconds_each = self._usual_size = self._usual_s = self._freed_at = 0.0
         self._closing: Reply | None = None
         self.answered_at = 0.0
 
@@ -147,18 +152,19 @@ class Dispatcher:
             lane = min(idle, key=id) if idle and self._is_due(len(idle)) else None if idle else self._next_but_one()
             if lane is None:
                 return
-            share = math.ceil(len(self._queue) / max(len(idle), 1))
+            share = max(math.ceil(len(self._queue) / max(len(idle), 1)), round(self._usual_size))
             calls = self._queue.take(min(share, self.info.max_batch_size), self.info.max_batch_cost)
             if calls:
                 self._send(lane, calls)
 
     def _is_due(self, idle: int) -> bool:
-        """Whether idle workers get what there is now, or may wait for a fuller batch (max_wait_ms)."""
+        """Whether idle workers get what there is now, or a fuller batch a little later."""
         oldest = self._queue.oldest
-        full = self.info.max_batch_size * idle
-        if not self.info.max_wait_ms or oldest is None or self._queue.has_alone or len(self._queue) >= full:
+        if oldest is None or self._queue.has_alone or len(self._queue) >= self.info.max_batch_size * idle:
             return True
         due = oldest + self.info.max_wait_ms / 1000
+        if len(self._queue) < round(self._usual_size):
+            due = max(due, self._freed_at + min(_PATIENCE * self._usual_s, _PATIENCE_S))
         if self._loop.time() >= due:
             return True
         if self._linger is None:
@@ -170,12 +176,11 @@ class Dispatcher:
         self._share_out()
 
     def _next_but_one(self) -> Lane | None:
-        """A busy worker that may have a second batch: full, and only while there is one for every worker."""
-        working = [lane for lane in self._lanes if lane.accepts]
-        if not working or self._queue.has_alone or len(self._queue) < self.info.max_batch_size * len(working):
+        """A busy worker that may have a second batch: a full one, while there is one for each that has none."""
+        hungry = [lane for lane in self._lanes if lane.accepts and len(lane.outstanding) < _OUTSTANDING]
+        if not hungry or self._queue.has_alone or len(self._queue) < self.info.max_batch_size * len(hungry):
             return None
-        least = min(working, key=lambda lane: len(lane.outstanding))
-        return least if len(least.outstanding) < _OUTSTANDING else None
+        return min(hungry, key=lambda lane: lane.outstanding[0].sent_at)  # the first that will be through
 
     def _send(self, lane: Lane, calls: list[Call]) -> None:
         now = self._loop.time()
@@ -223,6 +228,9 @@ class Dispatcher:
         """A worker is through with a batch and takes the next."""
         batch = _of(lane, number)
         lane.outstanding.remove(batch)
+        self._freed_at = self._loop.time()
+        self._usual_size += _PACE * (len(batch.calls) - self._usual_size)
+        self._usual_s += _PACE * (seconds - self._usual_s)
         each = seconds / len(batch.calls) / max(len(self._lanes), 1)
         self._seconds_each += _PACE * (each - self._seconds_each)
         if batch.is_good:

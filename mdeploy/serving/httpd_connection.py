@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from mdeploy.serving import problem
 from mdeploy.serving.handler import Buffer
+from mdeploy.serving.memory import Tide
 
 _LINGER_S = 5.0
 _SLOWEST = 1024
@@ -83,9 +84,10 @@ class _Transport:
 
 
 class Connection(HttpToolsProtocol):
-    """A connection of ours. `limits` are set on a subclass by `limited`."""
+    """A connection of ours. `limits` are set on a subclass by `limited`, whose connections share `tide`."""
 
     limits = ConnectionLimits()
+    tide = Tide()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -103,6 +105,7 @@ class Connection(HttpToolsProtocol):
         """A client is there."""
         wrapped: Any = _Transport(transport, self)
         super().connection_made(wrapped)
+        self.tide.rose(len(self.connections))
         if len(self.connections) > self.limits.connections:
             self._discards = True
             self._answer(503, "too many connections", "overloaded")
@@ -118,6 +121,7 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
         self._stop_watching()
+        self.tide.fell(len(self.connections))
         if active is not None and not active.response_complete:
             active.disconnected = True
             active.message_event.set()
@@ -327,4 +331,4 @@ class Connection(HttpToolsProtocol):
 
 def limited(limits: ConnectionLimits) -> type[Connection]:
     """The protocol with these limits."""
-    return type("LimitedConnection", (Connection,), {"limits": limits})
+    return type("LimitedConnection", (Connection,), {"limits": limits, "tide": Tide()})

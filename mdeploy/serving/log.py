@@ -31,6 +31,7 @@ _KNOWN = (
         ExitCode.CONFIG,
         True,
     ),
+    (r"no cluster answers|no part of the cluster", "mdeploy cluster status", ExitCode.UNAVAILABLE, False),
     (r"needs a model", "serve it again with --model ID|DIR", ExitCode.CONFIG, True),
     (r"neither inference nor forward|defines no Handler", "mdeploy init app DIR writes one that works", ExitCode.CONFIG, True),
 )

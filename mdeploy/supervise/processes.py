@@ -19,7 +19,14 @@ from pathlib import Path
 
 MARKER = "MDEPLOY_RUN_ID"
 
-SECRETS = ("MDEPLOY_API_KEY", "MODELSCOPE_API_TOKEN", "MODELSCOPE_SDK_TOKEN", "VLLM_API_KEY")
+SECRETS = (
+    "MDEPLOY_API_KEY",
+    "MDEPLOY_API_KEYS_FILE",
+    "MDEPLOY_CLUSTER_TOKEN",
+    "MODELSCOPE_API_TOKEN",
+    "MODELSCOPE_SDK_TOKEN",
+    "VLLM_API_KEY",
+)
 """Variables of the caller that a supervisor and an engine have no business with: keys come from files."""
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h

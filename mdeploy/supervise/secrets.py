@@ -1,7 +1,8 @@
 """Keys of a service on their way from a file to its engine and to those who ask it how it is.
 
-They come from 0600 files, one key a line, or from what systemd put into the credentials directory.
-A key that is missing or empty ends the start: nothing ever runs unprotected that was to have a key.
+They come from 0600 files, one key a line, or from what systemd put into the credentials directory. An
+engine gets the first key itself, or the path of the file where its variable ends in _FILE. A key that is
+missing or empty ends the start: nothing ever runs unprotected that was to have a key.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from mdeploy.specs import Manager, ServiceSpec
 
 def read(secrets: Mapping[str, str], manager: Manager) -> dict[str, str]:
     """The values of an engine's secret variables. Raises ConfigError."""
-    return {variable: first_key(_where(Path(file), manager)) for variable, file in secrets.items()}
+    return {variable: _value(variable, _where(Path(file), manager)) for variable, file in secrets.items()}
+
+
+def _value(variable: str, file: Path) -> str:
+    key = first_key(file)
+    return str(file) if variable.endswith("_FILE") else key
 
 
 def headers(spec: ServiceSpec, manager: Manager) -> dict[str, str]:

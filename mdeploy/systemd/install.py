@@ -56,6 +56,8 @@ def layout(spec: ServiceSpec, home: Path, scope: Scope, user: str | None, host: 
         _check_secrets(spec, home)
     target = Target(scope, unit_directory(scope), host.version)
     program, wanted, place = needs.of_program(), needs.of_service(spec), str(home)
+    if scope == "system":
+        _check_homes(wanted)
     runs_as = (user or units.DEFAULT_USER) if scope == "system" else pwd.getpwuid(os.getuid()).pw_name
     groups = host.device_groups if spec.plan and spec.plan.device == "cuda" else ()
     shown = needs.binds((*program.trees, *wanted.trees), (*units.HIDDEN, place))
@@ -69,6 +71,17 @@ def _check_secrets(spec: ServiceSpec, home: Path) -> None:
         if os.path.realpath(Path(file).parent) != os.path.realpath(home / "secrets"):
             hint = f"mdeploy keys add {spec.name}, or serve it again with the key"
             raise ConfigError(f"{spec.name} names {file} as a key file, which is not in {home}/secrets", hint=hint)
+
+
+def _check_homes(wanted: Needs) -> None:
+    """To show a service one file that lies in a home itself, its sandbox would have to show it all that is there."""
+    homes = {entry.pw_dir for entry in pwd.getpwall() if units.is_below(entry.pw_dir, units.HIDDEN)}
+    for path in wanted.data:
+        if path in homes or path in units.HIDDEN:
+            raise ConfigError(
+                f"the service reads {path} itself, with all that is there",
+                hint="move its files to a directory of their own, and serve them from there",
+            )
 
 
 def _files(target: Target, host: Host, program: Program, resident: Resident) -> Iterator[UnitFile]:

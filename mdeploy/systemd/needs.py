@@ -30,7 +30,8 @@ class Needs:
     @property
     def trees(self) -> tuple[str, ...]:
         """All that must be there, the environment of the program included."""
-        return tuple(dict.fromkeys([*environment(self.program), *self.data, *self.named]))
+        interpreters = (tree for path in self.data if _is_interpreter(path) for tree in environment(path))
+        return tuple(dict.fromkeys([*environment(self.program), *self.data, *interpreters, *self.named]))
 
 
 def of_program() -> Program:
@@ -50,6 +51,11 @@ def of_service(spec: ServiceSpec) -> Needs:
 def _existing(texts: Iterable[str], but: Sequence[str]) -> Iterator[str]:
     paths = dict.fromkeys(os.path.normpath(text) for text in texts if text.startswith("/") and text != "/")
     return (path for path in paths if os.path.exists(path) and not is_below(path, but))  # noqa: PTH110 any text
+
+
+def _is_interpreter(path: str) -> bool:
+    """A Python that a service is told to use beside its own: the workers of an app have one of the user's."""
+    return Path(path).name.startswith("python") and os.access(path, os.X_OK) and Path(path).is_file()
 
 
 def environment(python: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from mdeploy import settings
 from mdeploy.errors import ConfigError, MdeployError, NotFoundError
 from mdeploy.fleet import file
 from mdeploy.fleet.file import Fleet
+from mdeploy.prepare_llm import LlmRequest
 
 GOOD = """\
 version: 1
@@ -59,17 +60,23 @@ def test_a_good_file_means_what_it_says(path: Path) -> None:
     fleet = _load(path, GOOD)
     assert fleet.names() == ("chat", "mail", "rag")
     chat, mail, rag = (file.request(service, fleet.path) for service in fleet.services)
+    assert isinstance(chat, LlmRequest)
+    assert isinstance(mail, LlmRequest)
+    assert isinstance(rag, LlmRequest)
     assert (chat.wish.gpus, chat.wish.extra, chat.wish.max_model_len) == ((0, 1), ("--seed", "010"), "8192")
     assert (chat.wanted.model, chat.wanted.base) == ("./models/chat", path.parent)
-    assert (chat.limits.log_bytes, chat.limits.log_files, chat.limits.stop_timeout_s) == (64 << 20, 2, 90)
-    assert (mail.wanted.recipe, mail.port, mail.depends_on, mail.restart) == (
+    limits = chat.terms.limits
+    assert (limits.log_bytes, limits.log_files, limits.stop_timeout_s) == (64 << 20, 2, 90)
+    terms = mail.terms
+    assert (mail.wanted.recipe, terms.port, terms.depends_on, terms.restart) == (
         "mail.yaml",
         8010,
         ("chat",),
         "on-failure",
     )
     assert (rag.wanted.model, rag.wanted.revision, rag.wish.gpu_count) == ("a/b", "1.0", 2)
-    assert (rag.env, rag.restart, rag.limits.start_timeout_s) == ({"A": "007", "B": "yes"}, "always", 600)
+    terms = rag.terms
+    assert (terms.env, terms.restart, terms.limits.start_timeout_s) == ({"A": "007", "B": "yes"}, "always", 600)
 
 
 def test_a_name_brings_what_it_needs_or_what_needs_it(path: Path) -> None:
@@ -107,9 +114,9 @@ def test_every_mistake_is_told_at_once_with_its_line(path: Path) -> None:
     assert error.message.splitlines() == [
         "mdeploy.yaml:3: defaults.lifecycle.drian: unknown key, did you mean drain?",
         "mdeploy.yaml:7: services.chat.prot: unknown key, did you mean port?",
-        "mdeploy.yaml:9: services.chat.gpus: must be \"0,1\", [0, 1], {ids: [0, 1]} or {count: 2}, not '2'",
+        "mdeploy.yaml:9: services.chat.gpus: must be \"0,1\", [0, 1], {ids: [0, 1]}, {count: 2}, all or none, not '2'",
         "mdeploy.yaml:10: services.chat.port: given twice, in line 8 too",
-        "mdeploy.yaml:12: services.speech.kind: kind asr is not served by this version, llm is",
+        "mdeploy.yaml:12: services.speech.kind: kind asr is not served by this version, llm and app are",
         "mdeploy.yaml:14: services.speech.lifecycle.ready_timeout: must be "
         "seconds, or a duration like 90s or 10m, not 'soon'",
         "mdeploy.yaml:15: services.speech.depends_on: there is no service 'chatt' in this file, did you mean chat?",
@@ -239,14 +246,15 @@ def test_anchors_merges_and_extensions(path: Path) -> None:
           four: *three
         """,
     )
-    requests = {s.name: file.request(s, fleet.path) for s in fleet.services}
+    asked = ((s.name, file.request(s, fleet.path)) for s in fleet.services)
+    requests = {name: request for name, request in asked if isinstance(request, LlmRequest)}
     assert {name: r.wish.extra for name, r in requests.items()} == {
         "one": ("--seed", "1"),
         "two": (),
         "three": ("--seed", "1"),
         "four": ("--seed", "1"),
     }
-    assert (requests["three"].wish.tp, requests["four"].wish.tp, requests["four"].env) == (2, 2, {"A": "x"})
+    assert (requests["three"].wish.tp, requests["four"].wish.tp, requests["four"].terms.env) == (2, 2, {"A": "x"})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,137 @@
+"""What a user wishes of an app, whoever says it (command line, recipe, mdeploy.yaml): joined, checked, handed on."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mdeploy.errors import UsageError
+from mdeploy.paths import expand
+from mdeploy.specs import AppRecipe, AppWish
+
+# key -> the least and the most it may be, and the class attribute of a handler that it stands for
+_NUMBERS: Mapping[str, tuple[float, float, str]] = {
+    "workers_per_gpu": (1, 256, "workers_per_device"),
+    "batch": (1, 100_000, "max_batch_size"),
+    "batch_cost": (1e-9, 1e18, "max_batch_cost"),
+    "max_wait_ms": (0, 60_000, "max_wait_ms"),
+    "timeout": (0.001, 86_400, "timeout"),
+    "queue": (1, 1_000_000, "queue_size"),
+}
+_WHOLE = ("workers_per_gpu", "batch", "queue")
+_TEXTS = ("name", "path")
+_OF_ONE_HANDLER = (*_TEXTS, *_NUMBERS)
+_SIZE = re.compile(r"([0-9]{1,15}) *([KMGT]?)(i?B|)", re.IGNORECASE)
+
+
+def joined(first: AppWish, then: AppWish) -> AppWish:
+    """What the first leaves open taken from the other; `config` handler by handler."""
+    pairs = {f.name: (getattr(first, f.name), getattr(then, f.name)) for f in dataclasses.fields(AppWish)}
+    found = {name: theirs if own is None else own for name, (own, theirs) in pairs.items()}
+    if first.gpus is not None or first.gpu_count is not None:
+        found["gpus"], found["gpu_count"] = first.gpus, first.gpu_count
+    found["config"] = {**(then.config or {}), **(first.config or {})} or None
+    return AppWish(**found)
+
+
+def of_recipe(recipe: AppRecipe, base: Path) -> AppWish:
+    """What a recipe wishes; its relative paths start at `base`. Raises UsageError for GPUs that are none."""
+    gpus = ",".join(map(str, recipe.gpus)) if isinstance(recipe.gpus, tuple) else recipe.gpus
+    return AppWish(
+        handlers=tuple(_anchored_handler(text, base) for text in _several(recipe.handler)),
+        python=recipe.python and _anchored_program(recipe.python, base),
+        paths=tuple(str(expand(text, base)) for text in _several(recipe.path)) or None,
+        gpus=None if gpus is None else gpus_of(str(gpus)),
+        workers_per_gpu=recipe.workers_per_gpu,
+        batch=recipe.batch,
+        batch_cost=recipe.batch_cost,
+        max_wait_ms=recipe.max_wait_ms,
+        timeout=recipe.timeout,
+        queue=recipe.queue,
+        max_body=None if recipe.max_body is None else size_of(str(recipe.max_body)),
+        cors=_several(recipe.cors) or None,
+        config=recipe.config or None,
+    )
+
+
+def gpus_of(text: str) -> Any:
+    """`0,1` as indices, `all` and `none` as they are. Raises UsageError for anything else."""
+    if text in ("all", "none"):
+        return text
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and part.isascii() for part in parts) or len(set(map(int, parts))) != len(parts):
+        raise UsageError(f"--gpus {text}: GPU numbers separated by commas, each once, like 0,1; or all, or none")
+    return tuple(int(part) for part in parts)
+
+
+def size_of(text: str) -> int:
+    """`64MiB`, `10MB`, `512k` or a plain number as bytes. Raises UsageError."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise UsageError(f"{text!r} is no size", hint="bytes, or a size like 64MiB")
+    base = 1000 if match[2] and match[3].upper() == "B" else 1024
+    return int(match[1]) * int(base ** " KMGT".index(match[2].upper() or " "))
+
+
+def _several(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
+
+
+def _anchored_handler(text: str, base: Path) -> str:
+    """A file of the recipe's by its absolute name; a module as it is."""
+    where, colon, cls = (text, "", "") if text.endswith(".py") else text.rpartition(":")
+    return f"{expand(where, base)}{colon}{cls}" if where.endswith(".py") else text
+
+
+def _anchored_program(text: str, base: Path) -> str:
+    return str(expand(text, base)) if "/" in text or text.startswith("~") else text
+
+
+# checks
+
+
+def problems(wish: AppWish) -> Iterator[tuple[str, str]]:
+    """Every key that cannot be as it is, and what is wrong with it."""
+    yield from _numbers({name: getattr(wish, name) for name in _NUMBERS})
+    if wish.max_body is not None and wish.max_body < 1:
+        yield "max_body", "must be at least 1 byte"
+    for handler, keys in (wish.config or {}).items():
+        where = f"config.{handler}"
+        for name in keys:
+            if name not in _OF_ONE_HANDLER:
+                near = difflib.get_close_matches(name, _OF_ONE_HANDLER, n=1)
+                known = f"did you mean {near[0]}?" if near else f"known are {', '.join(_OF_ONE_HANDLER)}"
+                yield f"{where}.{name}", f"is no option of a handler: {known}"
+        yield from ((f"{where}.{name}", text) for name, text in _numbers(keys))
+        texts = ((name, keys[name]) for name in _TEXTS if name in keys)
+        yield from ((f"{where}.{name}", "must be text") for name, value in texts if not isinstance(value, str))
+
+
+def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, (least, most, _) in _NUMBERS.items():
+        value = values.get(name)
+        if value is None:
+            continue
+        kind = (int,) if name in _WHOLE else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            yield name, f"must be a {'whole ' if name in _WHOLE else ''}number, not {value!r}"
+        elif not least <= value <= most:
+            yield name, f"must be from {least:g} to {most:g}, not {value:g}"
+
+
+def check(wish: AppWish) -> None:
+    """Raise UsageError that lists every problem."""
+    found = [f"{name.replace('_', '-')} {text}" for name, text in problems(wish)]
+    if found:
+        raise UsageError("; ".join(found))
+
+
+def overrides(wish: AppWish) -> dict[str, dict[str, Any]]:
+    """`config` in the words of handler classes."""
+    names = {name: attribute for name, (_, _, attribute) in _NUMBERS.items()}
+    config = wish.config or {}
+    return {handler: {names.get(key, key): value for key, value in keys.items()} for handler, keys in config.items()}
