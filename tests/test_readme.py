@@ -72,6 +72,17 @@ def test_the_commands_about_keys_and_logs(tmp_path: Path) -> None:
     assert "Application startup complete" in outputs["mdeploy logs chat -t -n 20"]
 
 
+def test_the_commands_about_your_own_class(tmp_path: Path) -> None:
+    lines = _commands("### Your own class")
+    assert len(lines) == 7
+    outputs = {line: _sh(line).stdout for line in lines}
+    assert outputs[lines[2]] == '{"words":2}'
+    assert "100 completed" in outputs[lines[3]]
+    text = (REPO / "README.md").read_text(encoding="utf-8").split("### Your own class\n")[1]
+    (tmp_path / "mdeploy.yaml").write_text("version: 1\n" + re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
+    assert "--workers-per-device=2" in _sh("mdeploy up --dry-run").stdout
+
+
 @pytest.mark.usefixtures("gpus")
 def test_the_file_of_services_and_its_commands(tmp_path: Path) -> None:
     snapshot = tmp_path / "cache/models" / DEFAULT.replace("/", "--") / "snapshots/master"

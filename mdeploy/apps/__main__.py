@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from mdeploy.errors import ExitCode, MdeployError
@@ -12,6 +13,8 @@ def main(words: list[str]) -> int:
     if words[:1] != ["app"]:
         print(f"mdeploy-app: error: no app {words[:1]}", file=sys.stderr)
         return ExitCode.USAGE
+    for early in (signal.SIGHUP, signal.SIGUSR1):  # they would end us until there is somebody to heed them
+        signal.signal(early, signal.SIG_IGN)
     from mdeploy.apps import app
     from mdeploy.serving import options
 

@@ -7,6 +7,8 @@ it retires (`mdeploy restart`). Lines of our own begin with `mdeploy-app:`; the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import os
 import signal
 import socket
@@ -14,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from mdeploy.errors import ConfigError, ExitCode, MdeployError
 from mdeploy.serving import load
@@ -23,7 +25,7 @@ from mdeploy.serving.backend import Backend
 from mdeploy.serving.info import HandlerInfo
 from mdeploy.serving.metrics import Metrics
 from mdeploy.serving.options import AppOptions
-from mdeploy.serving.pool import Pool, PoolOptions
+from mdeploy.serving.pool import Pool, PoolOptions, open_environment
 from mdeploy.serving.process import StartError, list_handlers
 
 _OVERRIDES = ("workers_per_device", "max_batch_size", "max_batch_cost", "max_wait_ms", "timeout", "queue_size")
@@ -31,7 +33,8 @@ _OVERRIDES = ("workers_per_device", "max_batch_size", "max_batch_cost", "max_wai
 
 def say(text: str) -> None:
     """A line for the log of the service."""
-    print(f"mdeploy-app: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the log's disk may be full: serving goes on
+        print(f"mdeploy-app: {text}", file=sys.stderr, flush=True)
 
 
 def main(options: AppOptions) -> int:
@@ -44,8 +47,11 @@ def main(options: AppOptions) -> int:
 class Workers(Protocol):
     """Whatever runs the handlers of a service: local pools, or a cluster."""
 
-    backends: Mapping[str, Backend]
     broken: asyncio.Future[str]
+
+    @property
+    def backends(self) -> Mapping[str, Backend]:
+        """Each handler by its name."""
 
     async def restart(self) -> None:
         """Replace all workers, each before it retires. Raises StartError."""
@@ -100,6 +106,8 @@ class App:
             return await start
         start.cancel()
         await asyncio.wait({start})
+        if not start.cancelled() and start.exception() is None:  # it was through at the same moment
+            await start.result().close()
         return None
 
     async def _start(self) -> Workers:
@@ -116,9 +124,12 @@ class App:
 
     async def _serve(self, sock: socket.socket, workers: Workers) -> int:
         server = asyncio.create_task(self._listen(sock, workers))
+        gc.collect()
+        gc.freeze()  # what is there now stays: the collector need not look at it again
         say(f"listening on {self._options.host}:{self._options.port}")
         reloader = asyncio.create_task(self._watch(workers)) if self._options.reload else None
-        await asyncio.wait({server, workers.broken}, return_when=asyncio.FIRST_COMPLETED)
+        ends: set[asyncio.Future[Any]] = {server, workers.broken}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if reloader is not None:
             reloader.cancel()
         if not workers.broken.done():
@@ -229,8 +240,7 @@ class LocalPools:
                 found.append(spec)
             else:
                 say(f"looking for handlers in {spec}")
-                words = (self._python, spec, self._options.paths, dict(os.environ))
-                found += await asyncio.to_thread(list_handlers, *words)
+                found += await list_handlers(self._python, spec, self._options.paths, open_environment())
         return tuple(dict.fromkeys(found))
 
     @property

@@ -25,13 +25,19 @@ from mdeploy.serving import cluster_node
 from mdeploy.serving.cluster_gcs import Head
 from mdeploy.serving.cluster_node import NodeOptions
 
-_ENDING_S = 15.0
+_ENDING_S = 5.0
 _LONGEST_DIRECTORY = 40
 """Ray puts sockets 66 bytes further down, and a socket's path may have 107 bytes (unix(7))."""
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _STAMP = re.compile(r"^\S+ \S+\s+(INFO|SUCC)\s")
-_NOISE = ("Failed to determine local IP via external connectivity",)
+_NOISE = re.compile(r"Failed to determine local IP|Remaining processes will be killed|----- (BEGIN|END) ")
+_MEANINGS = (
+    (r"IsAlive = 0|marked as dead|marked dead", "the head lost sight of this machine and gave it up"),
+    (r"Failed to connect to GCS|GCS.*(unavailable|disconnect)", "the head does not answer"),
+    (r"gcs_server|Address already in use", "its head process ended"),
+)
+"""What Ray's last words come down to; the first that is found wins."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,6 +58,7 @@ class _Node:
         self._head = Head(options.address, token)
         self._words: collections.deque[str] = collections.deque(maxlen=20)
         self._stopping = False
+        self._cluster = ""
         self._ray: subprocess.Popen[str] | None = None
 
     def run(self) -> int:
@@ -80,12 +87,14 @@ class _Node:
         assert ray.stdout is not None
         for line in ray.stdout:
             text = _COLOURS.sub("", line).rstrip()
-            if text and not _STAMP.match(text) and not any(noise in text for noise in _NOISE):
+            if text and not _STAMP.match(text) and not _NOISE.search(text):
                 self._words.append(text)
                 print(text, flush=True)
 
     def _ended(self, status: int) -> int:
-        said = self._words[-1] if self._words else "it said nothing"
+        words = "\n".join(self._words)
+        meant = (meaning for pattern, meaning in _MEANINGS if re.search(pattern, words))
+        said = next(meant, self._words[-1] if self._words else "it said nothing")
         print(f"mdeploy-app: error: Ray ended with status {status}: {said}", flush=True)
         return ExitCode.FAILURE
 
@@ -105,10 +114,19 @@ class _Node:
         if self._ray is None or self._ray.poll() is not None:
             return "Ray does not run"
         try:
+            self._check_same_head()
             mine = [node for node in self._head.nodes() if node.ip == self._options.ip and node.is_alive]
         except MdeployError as error:
             return error.message
         return "" if mine else "the head does not know this machine"
+
+    def _check_same_head(self) -> None:
+        """A head that began anew knows nothing of our Ray, which would look for the old one for a minute."""
+        found = self._head.cluster_id()
+        self._cluster = self._cluster or found
+        if found != self._cluster and self._ray is not None:
+            self._words.append("its head began anew")
+            self._ray.terminate()
 
 
 def _temporary() -> str:

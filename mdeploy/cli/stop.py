@@ -39,7 +39,12 @@ def stop(names: Names = None, everything: All = False) -> None:
         if services.starts_at_boot(loaded, name):
             output.say(f"it starts again at the next boot; to change that: mdeploy uninstall-systemd {name}")
 
-    _each(_chosen(names, everything, lambda: [s.spec.name for s in services.list_services(loaded)]), one)
+    def everyone() -> list[str]:
+        """The machine's part of a cluster goes last: services take their replicas away through it."""
+        found = services.list_services(loaded)
+        return [s.spec.name for s in sorted(found, key=lambda s: s.spec.kind == "cluster")]
+
+    _each(_chosen(names, everything, everyone), one)
 
 
 def restart(

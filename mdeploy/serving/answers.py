@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -65,7 +66,7 @@ def reply_of(result: Any) -> Reply:
         body, usual = _content(result.content)
         status, media_type = _status(result.status), _sound("media type", result.media_type or usual)
         return Reply(status, media_type, b"" if status in _BODILESS else body, _headers(result.headers))
-    body, usual = (result, "application/octet-stream") if _is_raw(result) else (encode(result), _JSON)
+    body, usual = _content(result) if _is_raw(result) else (encode(result), _JSON)
     return Reply(200, usual, body)
 
 
@@ -94,8 +95,15 @@ def _sound(what: str, text: str) -> str:
 
 def _content(content: Any) -> tuple[Any, str]:
     if _is_raw(content):
-        return content, "application/octet-stream"
+        return _flat(content), "application/octet-stream"
     return (content.encode(), "text/plain; charset=utf-8") if isinstance(content, str) else (encode(content), _JSON)
+
+
+def _flat(content: Any) -> Any:
+    """Bytes in a row: a view may be of numbers, have several dimensions, or leave some out."""
+    if not isinstance(content, memoryview):
+        return content
+    return content.cast("B") if content.c_contiguous else content.tobytes()
 
 
 def _is_raw(value: Any) -> bool:
@@ -133,15 +141,16 @@ def _headers_that_can_be_sent(error: HTTPError) -> tuple[tuple[str, str], ...]:
 
 
 def refusal(status: int, message: str, code: str | None = None, headers: tuple[tuple[str, str], ...] = ()) -> Reply:
-    """An error; the edge gives it its shape."""
-    return Reply(status, _JSON, b"", headers, code or _CODES.get(status, "error"), message)
+    """An error; the edge gives it its shape. Plain values only: it cannot read those of a user's own classes."""
+    return Reply(int(status), _JSON, b"", headers, str(code or _CODES.get(status, "error")), str(message))
 
 
 def report(error: BaseException) -> None:
     """A traceback to the log, in one piece."""
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the log's disk may be full: that is no reason to answer nobody
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ from mdeploy.serving.backend import StreamError
 from mdeploy.serving.handler import Request
 from mdeploy.serving.info import Reply
 
+_DROPPED = Request()
 _STREAM_HIGH, _STREAM_LOW = 64, 16
 """Parts of a stream that may wait for a slow client before its worker is made to wait, and when it goes on."""
 
@@ -26,6 +27,7 @@ class Call:
         "_chunks",
         "_expiry",
         "_future",
+        "_is_left",
         "_on_drain",
         "attempts",
         "chunks",
@@ -51,6 +53,7 @@ class Call:
         self.on_leave: Callable[[], None] | None = None
         """Tells the worker that has the call that nobody waits any more."""
         self._on_drain: Callable[[], None] | None = None
+        self._is_left = False
 
     # whoever waits
 
@@ -75,6 +78,8 @@ class Call:
         self._stop_timer()
         if not self._future.done():
             self._future.cancel()
+        if self._chunks is not None:
+            self._chunks.put_nowait(None)
         self._leave()
 
     # whoever answers
@@ -87,6 +92,8 @@ class Call:
     def answer(self, reply: Reply) -> None:
         """The whole answer; a second one is nobody's."""
         self._stop_timer()
+        if self._chunks is None:
+            self.on_leave = None  # it holds the batch, which holds us
         if not self._future.done():
             self._future.set_result(reply)
 
@@ -102,6 +109,8 @@ class Call:
     def put(self, part: bytes) -> bool:
         """One part of the stream; True where its reader is far behind."""
         assert self._chunks is not None
+        if self._is_left:
+            return False
         self._chunks.put_nowait(part)
         return self._chunks.qsize() >= _STREAM_HIGH
 
@@ -113,12 +122,21 @@ class Call:
         if self._chunks is not None:
             self._chunks.put_nowait(StreamError(error.message, code=error.code) if error else None)
 
+    def cut(self, error: Reply) -> None:
+        """End a stream that its reader takes too slowly, so that nobody takes what there is of it for the whole."""
+        self._leave()
+        self.close(error)
+
     def _expire(self, timeout: float) -> None:
         self._expiry = None
+        leave = self.on_leave
         self.answer(answers.refusal(504, f"no answer within {timeout:g} s", "timeout"))
-        self._leave()
+        if leave:
+            leave()
 
     def _leave(self) -> None:
+        self._is_left = True
+        self.request = _DROPPED  # its body may be large, and the queue forgets the call only when it is met
         leave, self.on_leave = self.on_leave, None
         if leave:
             leave()

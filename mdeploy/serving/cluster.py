@@ -278,6 +278,7 @@ class Cluster:
     def _leave(self) -> None:
         if not self._is_connected:
             return
+        self._head.cluster_id()  # raises at once where there is no head, for which Ray would wait
         if not self.broken.done():
             prefix = f"{self._options.service}:"
             cluster_serve.remove(lambda app: not app.startswith(prefix))

@@ -53,6 +53,7 @@ class ReplicaLane:
         self.seen, self._state = seen, state
         self._handle, self._dispatcher, self._say = handle, dispatcher, say
         self.outstanding: collections.deque[Batch] = collections.deque()
+        self.freed_at = 0.0
         self.accepts = True
         self.is_lost = self.is_dead = False
         self.lost_at = 0.0
@@ -67,9 +68,9 @@ class ReplicaLane:
         self._tasks[batch.number] = asyncio.get_running_loop().create_task(self._run(batch))
 
     def cancel(self, batch: Batch, index: int) -> None:
-        """See `Lane`. Ray can end a batch as a whole only: once nobody reads any of it."""
+        """See `Lane`. Streams end once nobody reads any of a batch; a forward under way cannot be stopped."""
         self._readable.set()
-        if batch.left <= {index} and batch.number in self._tasks and not self.is_lost:
+        if batch.streaming and batch.left <= {index} and batch.number in self._tasks and not self.is_lost:
             self._dispatcher.closed(self, batch.number, index, None)
             self._dispatcher.done(self, batch.number, 0.0)
             self._tasks.pop(batch.number).cancel()

@@ -35,6 +35,8 @@ _QUIET: Mapping[str, str] = {
     "RAY_COLOR_PREFIX": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    # A replica that hangs would be waited for as if it was to finish what it has.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "0.5",
     # no port: the metrics of a dashboard would be readable on every address
     "DASHBOARD_METRIC_PORT": "-1",

@@ -100,9 +100,9 @@ class Replica:
                 while (event := await loop.run_in_executor(self._thread, next, events, None)) is not None:
                     self._since = time.monotonic()
                     yield event
-            finally:  # also where nobody reads any more
+            finally:  # also where nobody reads any more: what runs in the thread must end before its next batch
+                await asyncio.wrap_future(self._thread.submit(_close, events))
                 self._since = None
-                self._thread.submit(_close, events)
             yield Done(time.monotonic() - started, _gpu_bytes())
 
     async def check_health(self) -> None:

@@ -36,10 +36,11 @@ _RETRY_AFTER_S = (1.0, 60.0)
 
 
 class Lane(Protocol):
-    """One worker as the dispatcher sees it. It owns `outstanding`; nobody else changes it."""
+    """One worker as the dispatcher sees it, which keeps `outstanding` and, in the loop's time, `freed_at`."""
 
     outstanding: collections.deque[Batch]
     accepts: bool
+    freed_at: float
 
     def send(self, batch: Batch) -> None:
         """Hand a batch over."""
@@ -65,7 +66,7 @@ class Dispatcher:
         self._numbers = 0
         self._scheduled = False
         self._linger: asyncio.TimerHandle | None = None
-        self._seconds_each = self._usual_size = self._usual_s = self._freed_at = 0.0
+        self._seconds_each = self._usual_size = self._usual_s = 0.0
         self._closing: Reply | None = None
         self.answered_at = 0.0
 
@@ -119,6 +120,8 @@ class Dispatcher:
         for batch in batches[:1]:
             for index in sorted(batch.left):
                 self._try_again(batch.calls[index], streamed=index in batch.streaming)
+        if self._closing is not None:
+            self.fail_all(self._closing)
         self._soon()
 
     def _try_again(self, call: Call, *, streamed: bool) -> None:
@@ -149,7 +152,7 @@ class Dispatcher:
         self._scheduled = False
         while self._queue:
             idle = [lane for lane in self._lanes if lane.accepts and not lane.outstanding]
-            lane = min(idle, key=id) if idle and self._is_due(len(idle)) else None if idle else self._next_but_one()
+            lane = self._due(idle) if idle else self._next_but_one()
             if lane is None:
                 return
             share = max(math.ceil(len(self._queue) / max(len(idle), 1)), round(self._usual_size))
@@ -157,19 +160,20 @@ class Dispatcher:
             if calls:
                 self._send(lane, calls)
 
-    def _is_due(self, idle: int) -> bool:
-        """Whether idle workers get what there is now, or a fuller batch a little later."""
+    def _due(self, idle: Sequence[Lane]) -> Lane | None:
+        """The worker that was idle for longest; None where a fuller batch is better a little later."""
+        lane = min(idle, key=lambda each: each.freed_at)
         oldest = self._queue.oldest
-        if oldest is None or self._queue.has_alone or len(self._queue) >= self.info.max_batch_size * idle:
-            return True
+        if oldest is None or self._queue.has_alone or len(self._queue) >= self.info.max_batch_size * len(idle):
+            return lane
         due = oldest + self.info.max_wait_ms / 1000
         if len(self._queue) < round(self._usual_size):
-            due = max(due, self._freed_at + min(_PATIENCE * self._usual_s, _PATIENCE_S))
+            due = max(due, lane.freed_at + min(_PATIENCE * self._usual_s, _PATIENCE_S))
         if self._loop.time() >= due:
-            return True
+            return lane
         if self._linger is None:
             self._linger = self._loop.call_at(due, self._lingered)
-        return False
+        return None
 
     def _lingered(self) -> None:
         self._linger = None
@@ -191,7 +195,13 @@ class Dispatcher:
             call.on_leave = functools.partial(lane.cancel, batch, index)
             self._observer.waited(self.info.name, call.waited_s)
         lane.outstanding.append(batch)
-        lane.send(batch)
+        try:
+            lane.send(batch)
+        except OSError as error:  # no descriptor or no memory left for what is large
+            lane.outstanding.remove(batch)
+            text = f"the request cannot be handed to a worker: {error.strerror}"
+            for call in calls:
+                call.answer(answers.refusal(503, text, "overloaded", (("Retry-After", "1"),)))
 
     # back
 
@@ -228,7 +238,7 @@ class Dispatcher:
         """A worker is through with a batch and takes the next."""
         batch = _of(lane, number)
         lane.outstanding.remove(batch)
-        self._freed_at = self._loop.time()
+        lane.freed_at = self._loop.time()
         self._usual_size += _PACE * (len(batch.calls) - self._usual_size)
         self._usual_s += _PACE * (seconds - self._usual_s)
         each = seconds / len(batch.calls) / max(len(self._lanes), 1)

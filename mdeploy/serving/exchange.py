@@ -165,7 +165,9 @@ class Exchange:
             raise ClientLeftError
 
     async def end(self) -> None:
-        """End a stream."""
+        """End a stream. Raises ClientLeftError."""
+        if self.gone():
+            raise ClientLeftError
         self.complete = True
         await self._send({"type": "http.response.body", "body": b""})
 
@@ -208,7 +210,11 @@ class Exchange:
         await self._send(message)
 
     def close(self) -> None:
-        """Let go of what only the request needed."""
+        """Let go of what only the request needed: uvicorn's cycle and ours hold each other otherwise."""
+        if self._cycle is not None:
+            self._gone = bool(self._cycle.disconnected)
+            self._cycle.on_leave = None
+            self._cycle = self._cork = None
         if self._watcher is not None:
             self._watcher.cancel()
 

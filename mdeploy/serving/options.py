@@ -75,7 +75,6 @@ def parse(argv: Sequence[str]) -> AppOptions:
     cluster = {name: found.pop(f"cluster_{name}") for name in _CLUSTER}
     found.update({name: tuple(found[name]) for name in _LISTS})
     found["devices"] = found["devices"] or ("cpu",)
-    found["devices"] = found["devices"] or ("cpu",)
     return AppOptions(**found, cluster=None if cluster["address"] is None else ClusterOptions(**cluster))
 
 

@@ -58,6 +58,7 @@ class _Slot:
     index: int
     worker: WorkerProcess
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    keeper: asyncio.Task[None] | None = None
 
 
 class Pool:
@@ -68,7 +69,6 @@ class Pool:
         self._loop = asyncio.get_running_loop()
         self._slots: list[_Slot] = []
         self._retiring: list[WorkerProcess] = []
-        self._keepers: list[asyncio.Task[None]] = []
         self._generation = 1
         self._failed_starts = 0
         self._closing = False
@@ -130,7 +130,7 @@ class Pool:
             raise
         for slot in self._slots:
             self._admit(slot.worker)
-            self._keepers.append(self._loop.create_task(self._keep(slot)))
+            self._watch(slot)
         self._tick()
 
     def _new(self, device: str, index: int) -> _Slot:
@@ -149,7 +149,7 @@ class Pool:
 
     def _environment(self, device: str) -> dict[str, str]:
         """Ours, with one GPU or none, its share of the cores, and no secrets of the edge."""
-        env = {name: value for name, value in os.environ.items() if name not in _PRIVATE}
+        env = open_environment()
         env["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device
         if self._options.threads:
             env.update({name: env.get(name, str(self._options.threads)) for name in _THREADS})
@@ -159,15 +159,21 @@ class Pool:
         worker.listener = self._dispatch
         worker.accepts = True
         self._dispatch.add(worker)
+        worker.gone.add_done_callback(lambda _: self._dispatch.lost(worker))
 
     # life
+
+    def _watch(self, slot: _Slot) -> None:
+        """Keep a slot with the worker that is there now; the lock is ours, so nobody is replacing it."""
+        if slot.keeper is not None:
+            slot.keeper.cancel()
+        slot.keeper = self._loop.create_task(self._keep(slot))
 
     async def _keep(self, slot: _Slot) -> None:
         """Whenever the worker of a slot is gone, put another one there."""
         while True:
             worker = slot.worker
             how = await asyncio.shield(worker.gone)
-            self._dispatch.lost(worker)
             if self._closing:
                 return
             async with slot.lock:
@@ -180,8 +186,8 @@ class Pool:
     async def _replace(self, slot: _Slot) -> bool:
         """Start until one is ready; False where that is given up: starts fail, and no worker is left."""
         while not self._closing:
-            slot.worker = self._spawn(slot.device)
             try:
+                slot.worker = self._spawn(slot.device)
                 await asyncio.shield(slot.worker.ready)
             except StartError as error:
                 await asyncio.shield(slot.worker.gone)
@@ -191,7 +197,7 @@ class Pool:
                     self._break(str(error))
                     return False
                 low, high = _BACK_OFF_S
-                pause = min(high, low * 2 ** (self._failed_starts - 1))
+                pause = min(high, low * 2.0 ** min(self._failed_starts - 1, 30))
                 self._say(f"a worker of {self.info.name} did not start: {error}; again in {pause:g} s")
                 await asyncio.sleep(pause)
             else:
@@ -231,6 +237,7 @@ class Pool:
         self._dispatch.info = dataclasses.replace(info, name=self.info.name)
         old, slot.worker = slot.worker, fresh
         self._admit(fresh)
+        self._watch(slot)
         self._observer.restarted(self.info.name, "rolling")
         return old
 
@@ -242,9 +249,7 @@ class Pool:
             await asyncio.wait_for(asyncio.shield(worker.gone), self.info.timeout + _END_S)
         except asyncio.TimeoutError:
             await _killed(worker)
-        finally:
-            self._retiring.remove(worker)
-            self._dispatch.lost(worker)
+        self._retiring.remove(worker)
 
     # end
 
@@ -257,11 +262,11 @@ class Pool:
             self._ticker.cancel()
         for slot in self._slots:
             slot.worker.end()
-        gone = [slot.worker.gone for slot in self._slots]
+        gone = [worker.gone for worker in (*(slot.worker for slot in self._slots), *self._retiring)]
         if gone:
             await asyncio.wait(gone, timeout=_END_S)
         await self._kill_all()
-        for keeper in self._keepers:
+        for keeper in filter(None, (slot.keeper for slot in self._slots)):
             keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await keeper
@@ -269,6 +274,11 @@ class Pool:
     async def _kill_all(self) -> None:
         for worker in (*(slot.worker for slot in self._slots), *self._retiring):
             await _killed(worker)
+
+
+def open_environment() -> dict[str, str]:
+    """Our environment as a user's code may see it."""
+    return {name: value for name, value in os.environ.items() if name not in _PRIVATE}
 
 
 async def _killed(worker: WorkerProcess) -> None:

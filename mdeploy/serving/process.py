@@ -10,12 +10,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from mdeploy.serving import wire
+from mdeploy.serving import answers, wire
 from mdeploy.serving.calls import Batch
 from mdeploy.serving.info import HandlerInfo, Reply, WorkerState
 from mdeploy.serving.worker import Job
@@ -23,6 +22,7 @@ from mdeploy.serving.worker import Job
 _BOOTSTRAP = Path(__file__).with_name("bootstrap.py")
 _MESSAGES_A_TURN = 32
 _STOPPED_TICKS = 2
+_LIST_BYTES = 1 << 20
 
 
 class StartError(Exception):
@@ -57,6 +57,7 @@ class WorkerProcess:
         self.device, self.generation = job.device, generation
         self.outstanding: collections.deque[Batch] = collections.deque()
         self.accepts = False
+        self.freed_at = 0.0
         self.described: asyncio.Future[HandlerInfo] = self._loop.create_future()
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self.gone: asyncio.Future[str] = self._loop.create_future()
@@ -72,10 +73,10 @@ class WorkerProcess:
         try:
             with theirs:
                 self._process = self._spawn(job, python, env, theirs.fileno())
+            self._pidfd = _pidfd_of(self._process)
         except OSError:
             self._sock.close()
             raise
-        self._pidfd = os.pidfd_open(self._process.pid)
         self._loop.add_reader(self._sock.fileno(), self._on_readable)
         self._loop.add_reader(self._pidfd, self._on_exit)
 
@@ -128,6 +129,8 @@ class WorkerProcess:
 
     def kill(self, reason: str) -> None:
         """End it now, with all it forked."""
+        if self.gone.done():  # its number may be another's by now
+            return
         self.killed_for = self.killed_for or reason
         self.accepts = False
         with contextlib.suppress(ProcessLookupError):
@@ -149,6 +152,9 @@ class WorkerProcess:
                 self._loop.add_writer(self._sock.fileno(), self._flush)
                 return
             except wire.ClosedError:  # it is dying: _on_exit tells what becomes of its batches
+                break
+            except OSError as error:
+                self.kill(f"nothing can be sent to it: {error.strerror}")
                 break
             self._unsent.popleft()
             _close(fd)
@@ -179,6 +185,12 @@ class WorkerProcess:
             return
         except wire.ClosedError:
             self._loop.remove_reader(self._sock.fileno())
+        except Exception as error:  # whatever it is, an answer is lost with it
+            self._garbled(error)
+
+    def _garbled(self, error: Exception) -> None:
+        """Rather no worker than one whose words are lost: its requests would wait for ever."""
+        self.kill(f"it said what cannot be understood: {error!r}")
 
     def _on_message(self, message: Any) -> None:
         kind, *rest = message
@@ -201,12 +213,12 @@ class WorkerProcess:
             self.listener.done(self, number, seconds)
 
     def _on_start(self, kind: str, rest: list[Any]) -> None:
-        if kind == "info":
-            self.described.set_result(rest[0])
-        elif kind == "ready":
-            self.ready.set_result(None)
-        else:
+        if kind == "failed":
             self._fail_start(rest[0])
+            return
+        future: asyncio.Future[Any] = self.described if kind == "info" else self.ready
+        if not future.done():  # whoever waited for it may have been cancelled
+            future.set_result(rest[0] if rest else None)
 
     def _fail_start(self, text: str) -> None:
         for future in (self.described, self.ready):
@@ -219,9 +231,13 @@ class WorkerProcess:
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._paused_at = None
-        with contextlib.suppress(BlockingIOError, wire.ClosedError):
+        try:
             while True:
                 self._on_message(wire.receive(self._sock))
+        except (BlockingIOError, wire.ClosedError):
+            pass
+        except Exception as error:  # see _on_readable
+            self._garbled(error)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         status = self._process.wait()
@@ -233,7 +249,7 @@ class WorkerProcess:
         self._unsent.clear()
         self.accepts = False
         how = _ending(status)
-        self._fail_start(f"it {how} before it was ready")
+        self._fail_start(self.killed_for or f"it {how} before it was ready")
         self.gone.set_result(self.killed_for or how)
 
     # watching
@@ -255,8 +271,18 @@ class WorkerProcess:
     def _drop_readers(self) -> None:
         batch = self.outstanding[0]
         for index in batch.streaming & batch.left:
-            batch.calls[index].cancel()
+            batch.calls[index].cut(answers.refusal(504, "the stream was read too slowly", "slow_reader"))
         self.resume()
+
+
+def _pidfd_of(process: subprocess.Popen[bytes]) -> int:
+    """What tells when it ends. Raises OSError, with the process gone."""
+    try:
+        return os.pidfd_open(process.pid)
+    except OSError:
+        process.kill()
+        process.wait()
+        raise
 
 
 def _is_stopped(pid: int) -> bool:
@@ -282,18 +308,36 @@ def _close(fd: int | None) -> None:
         os.close(fd)
 
 
-def list_handlers(python: str, spec: str, paths: tuple[str, ...], env: Mapping[str, str]) -> tuple[str, ...]:
+async def list_handlers(python: str, spec: str, paths: tuple[str, ...], env: Mapping[str, str]) -> tuple[str, ...]:
     """The handlers of a module, each as a spec of its own, found by the interpreter that will run them.
 
     Raises StartError.
     """
-    words = [python, str(_BOOTSTRAP), "list", spec, *paths]
-    done = subprocess.run(words, env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
+    words = (python, str(_BOOTSTRAP), "list", spec, *paths)
+    text, status = await _first_line(words, env)
     try:
-        found = json.loads(done.stdout)
+        found = json.loads(text)
     except ValueError as error:
-        raise StartError(f"{python} {_ending(done.returncode)} while it imported {spec}") from error
+        raise StartError(f"{python} {_ending(status)} while it imported {spec}") from error
     if "error" in found:
         raise StartError(found["error"])
-    sys.stdout.flush()
     return tuple(found["handlers"])
+
+
+async def _first_line(words: Sequence[str], env: Mapping[str, str]) -> tuple[bytes, int]:
+    """What a program says first, and its status. Neither what it leaves running nor cancelling holds us up."""
+    nothing, pipe = subprocess.DEVNULL, subprocess.PIPE
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *words, env=dict(env), stdin=nothing, stdout=pipe, limit=_LIST_BYTES, start_new_session=True
+        )
+    except OSError as error:
+        raise StartError(f"cannot run {words[0]}: {error.strerror}") from error
+    assert process.stdout is not None
+    try:
+        line = await process.stdout.readline()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        status = await process.wait()
+    return line, status

@@ -6,6 +6,7 @@ what happens is told as events, in the order it happens.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from mdeploy.serving.load import LoadError
 
 _SSE_HEADERS = (("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"))
 _END = object()
+_LINE_END = re.compile(r"\r\n|\r|\n")  # each of them ends a line of an event stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,7 @@ class Runner:
             raise TypeError(f"forward returned {type(outputs).__name__}, a sequence of outputs is expected") from error
         if got != asked:
             raise ValueError(f"forward returned {got} outputs for {asked} items")
-        return outputs  # type: ignore[no-any-return]
+        return list(outputs)  # here, since what is lazy may fail only now
 
     def _finished(self, output: Any) -> Reply:
         """An output as an answer; an exception in its place is that item's own failure."""
@@ -188,9 +190,14 @@ class Runner:
                         yield Chunk(index, b"", self._head())
                     over.add(index)
                     yield Closed(index)
-        close = getattr(steps, "close", None)
-        if close:
-            close()
+        self._end(steps)
+
+    def _end(self, steps: Iterator[Any]) -> None:
+        """Tell a generator that nobody wants more; everybody is answered, so its failure is for the log only."""
+        try:
+            getattr(steps, "close", lambda: None)()
+        except Exception as error:  # see _one
+            answers.report(error)
 
     def _broken(self, error: Exception, indices: Sequence[int], started: set[int]) -> Iterator[Event]:
         reply = self._failed(error)
@@ -207,7 +214,7 @@ class Runner:
         if self._info.streamed_as == "raw":
             return value.encode() if isinstance(value, str) else bytes(value)
         text = value if isinstance(value, str) else answers.encode(value).decode()
-        return "".join(f"data: {line}\n" for line in text.split("\n")).encode() + b"\n"
+        return "".join(f"data: {line}\n" for line in _LINE_END.split(text)).encode() + b"\n"
 
     def _failed(self, error: BaseException, *, blames_client: bool = False) -> Reply:
         return answers.failed(error, self._handler.errors, blames_client=blames_client)

@@ -142,6 +142,8 @@ class _Loop:
 
     def __init__(self, sock: socket.socket, runner: Runner) -> None:
         self._sock, self._runner = sock, runner
+        self._poll = select.poll()  # select() takes no descriptor above 1023, and ours has the edge's number
+        self._poll.register(sock, select.POLLIN)
         self._waiting: collections.deque[tuple[int, list[Request]]] = collections.deque()
         self._cancelled: set[tuple[int, int]] = set()
         self._ended = False
@@ -166,7 +168,7 @@ class _Loop:
 
     def _is_gone(self, number: int, index: int) -> bool:
         """Whether the edge said so; asked before each request and between the parts of a stream."""
-        while select.select([self._sock], [], [], 0)[0]:
+        while self._poll.poll(0):
             self._take(wire.receive(self._sock))
         return (number, index) in self._cancelled
 
@@ -186,7 +188,7 @@ class _Loop:
                 wire.send(self._sock, ("chunk", number, event.index, event.data, event.head))
             else:
                 wire.send(self._sock, ("closed", number, event.index, event.error))
-        self._cancelled = {pair for pair in self._cancelled if pair[0] != number}
+        self._cancelled = {pair for pair in self._cancelled if pair[0] > number}
         wire.send(self._sock, ("done", number, time.monotonic() - started, self._gpu_memory(), last))
 
     def _gpu_memory(self) -> int | None:
@@ -200,11 +202,15 @@ class _Loop:
 
 def list_handlers(spec: str, paths: tuple[str, ...]) -> int:
     """Print the handlers of a module, each as a spec of its own, or why there are none; returns the exit status."""
-    out, sys.stdout = sys.stdout, sys.stderr  # what the module prints must not end in our JSON
+    out = os.dup(1)
+    os.dup2(2, 1)  # what the module prints, or anything it starts, must not end in our JSON
     try:
         found = load.handlers(spec, paths)
         where = spec.partition(":")[0]
-        json.dump({"handlers": [f"{where}:{cls.__qualname__}" for cls in found]}, out)
+        answer: dict[str, Any] = {"handlers": [f"{where}:{cls.__qualname__}" for cls in found]}
     except BaseException as error:  # as in `main`
-        json.dump({"error": last_words(error)}, out)
+        answer = {"error": last_words(error)}
+    sys.stdout.flush()
+    with os.fdopen(out, "w") as file:
+        print(json.dumps(answer), file=file)
     return 0

@@ -26,7 +26,7 @@ from mdeploy.supervise.notify import Notifier
 from mdeploy.supervise.state import ServiceFiles
 from mdeploy.supervise.world import Headers, Watching, World
 
-_TICK_S = 0.25
+_TICK_S, _CALM_TICK_S = 0.25, 0.5
 _PROMPT_S = 0.05
 
 _REFUSALS = 3
@@ -231,7 +231,7 @@ class Supervisor:
         self._write("starting", "starting the engine")
         watch.start()
         while True:
-            self._world.wait(_TICK_S)
+            self._world.wait(_TICK_S if ready_at is None else _CALM_TICK_S)
             self._housekeep(engine)
             if self._stops:
                 return self._stop(engine, free_before)
