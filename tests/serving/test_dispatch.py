@@ -36,6 +36,7 @@ class Lane:
     def __init__(self) -> None:
         self.outstanding: collections.deque[Batch] = collections.deque()
         self.accepts = True
+        self.freed_at = 0.0
         self.sent: list[list[str]] = []
         self.cancelled: list[tuple[int, int]] = []
         self.paused = False
@@ -278,5 +279,38 @@ def test_after_the_end_everybody_is_told() -> None:
         bench.dispatcher.fail_all(Reply(503, "x"))
         (late,) = bench.ask("b")
         assert [(await call.reply()).status for call in (waiting, late)] == [503, 503]
+
+    history(play)
+
+
+def test_what_a_worker_dies_with_after_the_end_is_answered_too() -> None:
+    async def play() -> None:
+        bench = Bench()
+        (call,) = bench.ask("a")
+        await bench.turn()
+        bench.dispatcher.fail_all(Reply(503, "x"))
+        bench.dispatcher.lost(bench.lanes[0])
+        assert (await call.reply()).status == 503
+
+    history(play)
+
+
+def test_a_cost_that_only_workers_know_does_not_split_batches() -> None:
+    async def play() -> None:
+        bench = Bench(max_batch_size=8, max_batch_cost=0.5)
+        for name in "abc":
+            bench.dispatcher.submit(Request(id=name), lambda: False)
+        await bench.turn()
+        assert bench.lanes[0].sent == [["a", "b", "c"]]
+
+    history(play)
+
+
+def test_a_request_nobody_waits_for_keeps_no_body() -> None:
+    async def play() -> None:
+        bench = Bench(lanes=0)
+        call = bench.dispatcher.submit(Request(body=b"large"), lambda: False)
+        call.cancel()
+        assert call.request.body == b""
 
     history(play)

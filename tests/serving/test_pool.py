@@ -17,6 +17,7 @@ from mdeploy.serving.handler import Request
 from mdeploy.serving.info import Reply
 from mdeploy.serving.pool import Pool, PoolOptions
 from mdeploy.serving.process import StartError, list_handlers
+from tests.support import processes_with
 
 APP = """
 import os, sys, time
@@ -292,9 +293,39 @@ def test_an_interpreter_that_is_none(app: Path) -> None:
 
 
 def test_handlers_are_listed_by_the_interpreter_that_runs_them(app: Path) -> None:
-    app.write_text(f"print('noise')\n{APP}")
-    specs = list_handlers(sys.executable, str(app), (), os.environ)
+    app.write_text(f"import os\nprint('noise')\nos.system('echo noise')\n{APP}")
+    specs = asyncio.run(list_handlers(sys.executable, str(app), (), os.environ))
     assert [spec.rpartition(":")[2] for spec in specs] == ["Echo", "Hangs", "Forks", "Second"]
     app.write_text("x = 1")
     with pytest.raises(StartError, match="defines no Handler"):
-        list_handlers(sys.executable, str(app), (), os.environ)
+        asyncio.run(list_handlers(sys.executable, str(app), (), os.environ))
+
+
+def _marked(app: Path) -> dict[str, str]:
+    """An environment by which processes are found."""
+    return {**os.environ, "MARK": str(app)}
+
+
+@pytest.mark.parametrize(
+    "left", ["subprocess.Popen(['sleep', '600'])", "threading.Thread(target=time.sleep, args=(600,)).start()"]
+)
+def test_what_an_import_leaves_running_does_not_hold_up_the_list(app: Path, left: str) -> None:
+    app.write_text(f"import subprocess, threading\n{APP}\n{left}\n")
+    specs = asyncio.run(asyncio.wait_for(list_handlers(sys.executable, str(app), (), _marked(app)), 60))
+    assert len(specs) == 4
+    assert not processes_with(f"MARK={app}")
+
+
+def test_an_import_without_end_ends_when_nobody_waits_any_more(app: Path) -> None:
+    app.write_text("from pathlib import Path\nPath(__file__).with_name('begun').touch()\nwhile True: pass\n")
+
+    async def story() -> None:
+        listing = asyncio.create_task(list_handlers(sys.executable, str(app), (), _marked(app)))
+        while not app.with_name("begun").exists():
+            await asyncio.sleep(0.01)
+        listing.cancel()
+        await asyncio.wait({listing})
+        assert listing.cancelled()
+        assert not processes_with(f"MARK={app}")
+
+    play(story)

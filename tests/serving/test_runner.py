@@ -324,10 +324,10 @@ def test_raw_streams_and_text_with_line_ends() -> None:
 
     class Text(Handler):
         def inference(self, request: Request) -> Any:
-            yield "a\nb"
+            yield "a\nb\r\nc\rd"
 
     assert parts(runner(Raw).run(requests(1))) == {0: [b"\0", "é".encode(), None]}
-    assert parts(runner(Text).run(requests(1))) == {0: [b"data: a\ndata: b\n\n", None]}
+    assert parts(runner(Text).run(requests(1))) == {0: [b"data: a\ndata: b\ndata: c\ndata: d\n\n", None]}
 
 
 def test_a_reader_who_left_ends_the_generator() -> None:

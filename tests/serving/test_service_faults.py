@@ -18,7 +18,8 @@ from tests.support import mdeploy, until
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with served(tmp_path_factory.mktemp("faults"), f"{LAB}:Echo", "--workers-per-gpu", "2") as service:
+    place = tmp_path_factory.mktemp("faults")
+    with served(place, f"{LAB}:Echo", f"{LAB}:Events", "--workers-per-gpu", "2") as service:
         yield service
 
 
@@ -44,15 +45,18 @@ def test_a_killed_worker_costs_no_request(lab: Service) -> None:
 
 
 def test_an_item_that_kills_a_second_worker_is_answered_500(lab: Service) -> None:
-    before = lab.pids("echo")
-    deaths = len(lab.noted("deaths"))
+    before = lab.noted("deaths")
     items = [{"n": "poison", "do": "die", "sleep": 0}, *({"n": i, "sleep": 0.1} for i in range(6))]
     poison, *others = lab.ask_all("/echo", items)
     assert poison.status_code == 500
     assert "worker" in poison.json()["error"]["message"]
     assert [answer.json()["n"] for answer in others] == list(range(6))
-    until(lambda: len(lab.pids("echo") - before) == 2, what="two other workers")
-    assert len(lab.noted("deaths")) - deaths == 2
+    dead = set(lab.noted("deaths")[len(before) :])
+    assert len(dead) == 2
+    until(
+        lambda: len(lab.pids("echo")) == 2 and not {str(pid) for pid in lab.pids("echo")} & dead, what="other workers"
+    )
+    assert len(lab.noted("deaths")) == len(before) + 2
     assert lab.ask("/echo", {"n": 1}).json() == {"n": 1}
 
 
@@ -84,6 +88,28 @@ def test_a_rolling_restart_costs_no_request(lab: Service) -> None:
         assert not lab.pids("echo") & before
     assert (tally.failed, tally.wrong) == ([], [])
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in before), what="the old workers are gone")
+
+
+def test_a_stream_whose_worker_dies_ends_with_an_error(lab: Service) -> None:
+    with lab.connect("/events", {"sleep": 0.05}) as sock:
+        assert sock.recv(100)
+        pid = until(lambda: next((w["pid"] for w in lab.workers("events") if w["state"] == "busy"), None))
+        os.kill(pid, signal.SIGKILL)
+        text = b""
+        while b"event: error" not in text and (part := sock.recv(65536)):
+            text += part
+    assert b"event: error" in text
+    until(lambda: len(lab.workers("events")) == 2, what="another worker")
+
+
+def test_a_stream_outlives_a_rolling_restart(lab: Service) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        stream = threads.submit(lab.ask, "/events", {"count": 30, "sleep": 0.1})
+        until(lambda: any(w["state"] == "busy" for w in lab.workers("events")), what="the stream runs")
+        assert mdeploy("restart", "lab", MDEPLOY_HOME=str(lab.home)).code == 0
+        answer = stream.result()
+    assert answer.text.count("data:") == 30
+    assert "error" not in answer.text
 
 
 def test_a_bad_item_fails_alone_in_a_full_batch(lab: Service) -> None:
