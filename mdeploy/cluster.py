@@ -1,7 +1,8 @@
 """Machines that work together: what `mdeploy cluster` does. Each machine's part is a service named `cluster`.
 
-So `ps`, `logs`, `stop` and units know it as they know any service. The token that lets machines and services in lies
-in HOME/secrets/cluster.token and goes to Ray through the environment; no command line and no log has it.
+So `ps`, `logs` and `stop` know it as they know any service; a unit of systemd it cannot be. The token that lets
+machines and services in lies in HOME/secrets/cluster.token and goes to Ray through the environment; no command line
+and no log has it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mdeploy import dispatch, reservations, services
-from mdeploy.errors import ConfigError, NotFoundError, UnavailableError, UsageError
+from mdeploy.errors import AlreadyRunningError, ConfigError, NotFoundError, UnavailableError, UsageError
 from mdeploy.paths import Paths
 from mdeploy.serving import cluster_node
 from mdeploy.serving.cluster_gcs import Head, Node, Replica
@@ -28,7 +29,7 @@ from mdeploy.supervise import state
 from mdeploy.supervise.ports import check_port
 from mdeploy.supervise.state import ServiceFiles
 
-NAME = "cluster"
+NAME = cluster_node.SERVICE
 TOKEN_VARIABLE = "MDEPLOY_CLUSTER_TOKEN"
 """Where `join` looks for the token before it asks."""
 
@@ -67,17 +68,24 @@ class Overview:
 
 def membership(settings: Settings) -> Membership:
     """This machine's place. Raises ConfigError where it has none."""
-    try:
-        spec = ServiceFiles(settings.paths, NAME).spec()
-    except NotFoundError as error:
+    spec = _spec_of_before(settings)
+    if spec is None:
         hint = "mdeploy cluster start, or mdeploy cluster join ADDRESS"
-        raise ConfigError("this machine is in no cluster", hint=hint) from error
-    if spec.kind != NAME:
-        raise ConfigError(
-            f"a service of another kind is called {NAME}", hint=f"serve it again with another --name than {NAME}"
-        )
+        raise ConfigError("this machine is in no cluster", hint=hint)
     options = cluster_node.parse(spec.argv[3:])
     return Membership(options.address, options.ip, options.is_head, token_file(settings.paths))
+
+
+def _spec_of_before(settings: Settings) -> ServiceSpec | None:
+    """What `start` or `join` left; None where they did not run. Raises ConfigError for a service of somebody's."""
+    try:
+        spec = ServiceFiles(settings.paths, NAME).spec()
+    except NotFoundError:
+        return None
+    if spec.kind != NAME:
+        hint = f"serve it again under another --name, then: rm -r {settings.paths.service(NAME)}"
+        raise ConfigError(f"a service of another kind is called {NAME}", hint=hint)
+    return spec
 
 
 def token_file(paths: Paths) -> Path:
@@ -165,13 +173,11 @@ def _check_installed() -> None:
 
 
 def _check_stopped(settings: Settings) -> None:
-    files = ServiceFiles(settings.paths, NAME)
-    if files.is_supervised():
+    before = _spec_of_before(settings)
+    if before is not None and ServiceFiles(settings.paths, NAME).is_supervised():
         found = membership(settings)
         what = "the head of" if found.is_head else "in"
-        error = state.already_running(NAME)
-        error.message, error.hint = f"this machine is {what} the cluster {found.address}", "mdeploy cluster stop"
-        raise error
+        raise AlreadyRunningError(f"this machine is {what} the cluster {found.address}", hint="mdeploy cluster stop")
 
 
 # tokens
@@ -203,8 +209,9 @@ def head_address(text: str) -> str:
         )
     try:
         found = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
-    except OSError as error:
-        raise UnavailableError(f"{host}: {error.strerror}", hint="name the head by its IP address") from error
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or "that is no host name"
+        raise UnavailableError(f"{host}: {why}", hint="name the head by its IP address") from error
     return f"{found[0][4][0]}:{port or cluster_node.DEFAULT_PORT}"
 
 

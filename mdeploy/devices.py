@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from mdeploy.errors import DoesNotFitError
 from mdeploy.specs import Gpu
+
+
+def indices(text: str) -> tuple[int, ...] | None:
+    """`0,1` as numbers; None for what is no list of GPUs, each once."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch("[0-9]{1,4}", part) for part in parts) or len(set(map(int, parts))) != len(parts):
+        return None
+    return tuple(map(int, parts))
 
 
 def check_present(gpus: Sequence[Gpu], wanted: Sequence[int]) -> None:

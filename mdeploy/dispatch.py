@@ -148,7 +148,7 @@ def _settle(files: ServiceFiles) -> None:
     record = files.record()
     if record is None or record.phase == "stopped" or not os.access(files.directory, os.W_OK):
         return
-    files.write_record(dataclasses.replace(record, phase="stopped", since=time.time(), detail="", error=None, hint=""))
+    files.settle(record)
 
 
 def listing(paths: Paths) -> tuple[ServiceStatus, ...]:

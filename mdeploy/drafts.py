@@ -19,6 +19,7 @@ from mdeploy.credentials import Key
 from mdeploy.errors import ConfigError, UsageError
 from mdeploy.reservations import Neighbours
 from mdeploy.resolve import Model
+from mdeploy.serving import cluster_node
 from mdeploy.settings import Settings
 from mdeploy.specs import Gpu, GpuPlan, Limits, ModelFacts, RestartPolicy, ServiceSpec
 from mdeploy.supervise import state
@@ -86,6 +87,8 @@ class Draft(ABC):
 def settled(settings: Settings, terms: Terms, name: str) -> tuple[str, str, Key | None]:
     """Name, address and key of a service. Raises UsageError for what cannot be, or is open to other machines."""
     name = state.check_name(terms.name or name)
+    if name == cluster_node.SERVICE:
+        raise UsageError(f"{name} is the name of this machine's part of a cluster", hint="--name ANOTHER")
     host = terms.host or settings.require("host")
     key = credentials.find(settings, name, terms.key, terms.base or Path.cwd())
     if not (terms.insecure or key or is_loopback(host)):

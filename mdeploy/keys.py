@@ -235,6 +235,7 @@ def _apply(settings: Settings, before: _Setup, after: _Setup, listener: Listener
     if not files.is_supervised():
         _write_for_later(settings, before, after)
         return "at the next start"
+    files.check_writable()  # nothing is ended that could not be started again
     same_spec, record = before.spec == after.spec, files.record()
     # a unit's engine has a copy of its keys, which systemd made when it started
     can_reload = same_spec and after.spec.reloads and record is not None and record.manager != "systemd"

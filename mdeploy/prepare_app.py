@@ -16,12 +16,11 @@ from mdeploy.paths import expand
 from mdeploy.reservations import Neighbours
 from mdeploy.resolve import Model, Wanted
 from mdeploy.serving import source
+from mdeploy.serving.handler import MODEL_VARIABLE
 from mdeploy.serving.options import DEFAULT_BODY_BYTES, AppOptions, ClusterOptions
 from mdeploy.serving.source import Interpreter, Source
 from mdeploy.settings import Settings
 from mdeploy.specs import AppRecipe, AppWish, GpuPlan, Probe, ServiceSpec, fingerprint
-
-MODEL_VARIABLE = "MDEPLOY_MODEL_DIR"
 
 _DRAIN_SHARE = 0.9
 """Of the time a stop leaves it; the rest is for workers to close their models in."""
@@ -223,7 +222,7 @@ def _check_together(request: AppRequest) -> None:
         return
     for flag, is_set in (("--reload", request.reload), ("--python", wish.python), ("--gpus", wish.gpus)):
         if is_set:
-            raise UsageError(f"{flag} does not go with --cluster", hint="replicas run in the clusters' own environment")
+            raise UsageError(f"{flag} does not go with --cluster", hint="replicas run in the cluster's own environment")
 
 
 def _title(sources: Sequence[Source], file: Path | None) -> str:

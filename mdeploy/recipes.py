@@ -85,8 +85,9 @@ def _parsed(data: Any) -> Recipe | AppRecipe:
     from pydantic import ConfigDict, TypeAdapter, with_config
 
     kind = AppRecipe if isinstance(data, dict) and data.get("kind") == "app" else Recipe
-    strict = with_config(ConfigDict(extra="forbid"))(kind)
-    return TypeAdapter(strict).validate_python(data)
+    strict: Any = with_config(ConfigDict(extra="forbid"))(kind)
+    found: Recipe | AppRecipe = TypeAdapter(strict).validate_python(data)
+    return found
 
 
 def _wrong(error: Any) -> str:

@@ -33,6 +33,7 @@ class _Seen:
     workers: frozenset[str]
     state: str
     error: str
+    round: int
 
     def is_through(self, before: _Seen) -> bool:
         """Whether every worker was replaced."""
@@ -87,13 +88,13 @@ def _watch(client: httpx.Client, files: ServiceFiles, spec: ServiceSpec, before:
     while now - begun < spec.limits.start_timeout_s:
         seen = _look(client, spec)
         fresh = len(seen.workers - before.workers)
-        started = started or seen.state == "running" or fresh > 0
+        started = started or seen.round > before.round or fresh > 0
         if started and fresh != told:
             told = fresh
             say(f"  {now - begun:5.1f}s  {fresh} of {len(before.workers)} workers are new")
         if seen.is_through(before):
             return
-        if seen.state == "failed" and (started or now - begun > _TAKEN_S or seen.error != before.error):
+        if seen.state == "failed" and started:
             hint = f"mdeploy logs {files.name}; the workers from before go on"
             raise MdeployError(f"{files.name}: a new worker did not start: {seen.error}", hint=hint)
         if not started and now - begun > _TAKEN_S:
@@ -113,7 +114,8 @@ def _look(client: httpx.Client, spec: ServiceSpec) -> _Seen:
         hint = f"mdeploy restart {spec.name} --hard"
         raise NotReadyError(f"{spec.name} does not say how it is: {error}", hint=hint) from error
     rolling: Mapping[str, Any] = document.get("rolling") or {}
-    return _Seen(_workers(document), str(rolling.get("state", "idle")), str(rolling.get("error") or ""))
+    error, number = str(rolling.get("error") or ""), int(rolling.get("round") or 0)
+    return _Seen(_workers(document), str(rolling.get("state", "idle")), error, number)
 
 
 def _workers(document: Mapping[str, Any]) -> frozenset[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mdeploy import devices
 from mdeploy.errors import UsageError
 from mdeploy.paths import expand
 from mdeploy.specs import AppRecipe, AppWish
@@ -25,6 +26,7 @@ _NUMBERS: Mapping[str, tuple[float, float, str]] = {
 _WHOLE = ("workers_per_gpu", "batch", "queue")
 _TEXTS = ("name", "path")
 _OF_ONE_HANDLER = (*_TEXTS, *_NUMBERS)
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+")
 _SIZE = re.compile(r"([0-9]{1,15}) *([KMGT]?)(i?B|)", re.IGNORECASE)
 
 
@@ -62,10 +64,10 @@ def gpus_of(text: str) -> Any:
     """`0,1` as indices, `all` and `none` as they are. Raises UsageError for anything else."""
     if text in ("all", "none"):
         return text
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and part.isascii() for part in parts) or len(set(map(int, parts))) != len(parts):
+    found = devices.indices(text)
+    if found is None:
         raise UsageError(f"--gpus {text}: GPU numbers separated by commas, each once, like 0,1; or all, or none")
-    return tuple(int(part) for part in parts)
+    return found
 
 
 def size_of(text: str) -> int:
@@ -99,6 +101,7 @@ def problems(wish: AppWish) -> Iterator[tuple[str, str]]:
     yield from _numbers({name: getattr(wish, name) for name in _NUMBERS})
     if wish.max_body is not None and wish.max_body < 1:
         yield "max_body", "must be at least 1 byte"
+    yield from (("cors", text) for text in map(_no_origin, wish.cors or ()) if text)
     for handler, keys in (wish.config or {}).items():
         where = f"config.{handler}"
         for name in keys:
@@ -109,6 +112,13 @@ def problems(wish: AppWish) -> Iterator[tuple[str, str]]:
         yield from ((f"{where}.{name}", text) for name, text in _numbers(keys))
         texts = ((name, keys[name]) for name in _TEXTS if name in keys)
         yield from ((f"{where}.{name}", "must be text") for name, value in texts if not isinstance(value, str))
+
+
+def _no_origin(text: str) -> str:
+    """Why no browser ever sends this as the origin of a page; empty where it may."""
+    if text in ("*", "null") or _ORIGIN.fullmatch(text):
+        return ""
+    return f"must be * or an origin like https://example.com:8443, without a path, not {text!r}"
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

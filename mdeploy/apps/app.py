@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import os
 import signal
 import socket
@@ -72,7 +73,8 @@ class App:
         self._renewal: asyncio.Task[None] | None = None
         self._renew_again = False
         self._workers: Workers | None = None
-        self.rolling: dict[str, str | None] = {"state": "idle", "error": None}
+        self._restart: asyncio.Task[None] | None = None
+        self.rolling: dict[str, str | int | None] = {"state": "idle", "error": None, "round": 0}
 
     async def run(self) -> int:
         """See `main`."""
@@ -127,6 +129,8 @@ class App:
         gc.collect()
         gc.freeze()  # what is there now stays: the collector need not look at it again
         say(f"listening on {self._options.host}:{self._options.port}")
+        if self._renew_again:
+            self.renew()
         reloader = asyncio.create_task(self._watch(workers)) if self._options.reload else None
         ends: set[asyncio.Future[Any]] = {server, workers.broken}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -167,26 +171,41 @@ class App:
             say(f"{error.message}; the keys from before stay")
 
     def renew(self) -> None:
-        """Replace all workers, once more where that is going on already."""
+        """Replace all workers, anew where that is going on already: who waits for old code to load waits in vain."""
         if self._renewal is not None and not self._renewal.done():
             self._renew_again = True
-        elif self._workers is not None:
+            if self._restart is not None and self._options.cluster is None:
+                self._restart.cancel()
+        elif self._workers is None:
+            self._renew_again = True  # they are starting, perhaps with the code from before
+        else:
             self._renewal = asyncio.create_task(self._renew(self._workers))
 
     async def _renew(self, workers: Workers) -> None:
         self._renew_again = True
-        while self._renew_again:
+        for number in itertools.count(int(self.rolling["round"] or 0) + 1):
+            if not self._renew_again:
+                return
             self._renew_again = False
-            self.rolling.update(state="running", error=None)
+            self.rolling.update(state="running", error=None, round=number)
             say("replacing the workers, one after the other")
+            self._restart = asyncio.create_task(workers.restart())
             try:
-                await workers.restart()
-            except StartError as error:
-                say(f"the new worker did not start: {error}; the old ones go on")
-                self.rolling.update(state="failed", error=str(error))
-            else:
-                say("all workers are replaced")
-                self.rolling.update(state="idle")
+                await asyncio.wait({self._restart})
+            finally:
+                self._restart.cancel()
+            if not self._restart.cancelled():
+                self._conclude(self._restart)
+
+    def _conclude(self, restart: asyncio.Task[None]) -> None:
+        try:
+            restart.result()
+        except StartError as error:
+            say(f"the new worker did not start: {error}; the old ones go on")
+            self.rolling.update(state="failed", error=str(error))
+        else:
+            say("all workers are replaced")
+            self.rolling.update(state="idle")
 
     async def _watch(self, workers: Workers) -> None:
         """Renew whenever a Python file beside a handler changes (--reload)."""

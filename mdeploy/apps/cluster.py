@@ -26,6 +26,9 @@ from mdeploy.serving.cluster_gcs import Head
 from mdeploy.serving.cluster_node import NodeOptions
 
 _ENDING_S = 5.0
+_PATIENCE_S = 10.0
+"""How long whoever asks how the machine is may take to say so."""
+
 _LONGEST_DIRECTORY = 40
 """Ray puts sockets 66 bytes further down, and a socket's path may have 107 bytes (unix(7))."""
 
@@ -65,6 +68,7 @@ class _Node:
         temporary = _temporary()
         if not self._options.is_head:
             check_versions(self._head)
+        server = _serve(self)
         print("mdeploy-app: starting Ray", flush=True)
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
@@ -76,7 +80,6 @@ class _Node:
             text=True,
             errors="replace",
         )
-        server = _serve(self)
         self._pass_on(self._ray)
         status = self._ray.wait()
         server.shutdown()
@@ -151,9 +154,14 @@ def check_versions(head: Head) -> None:
 
 
 def _serve(node: _Node) -> ThreadingHTTPServer:
-    """GET and POST on any path: 200 where the machine is a live part of the cluster, else 503 with the reason."""
+    """GET and POST on any path: 200 where the machine is a live part of the cluster, else 503 with the reason.
+
+    Raises ConfigError where something else listens on its port.
+    """
 
     class Answer(BaseHTTPRequestHandler):
+        timeout = _PATIENCE_S
+
         def do_GET(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
             problem = node.problem()
@@ -169,7 +177,11 @@ def _serve(node: _Node) -> ThreadingHTTPServer:
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 the base class's own name
             """Say nothing: the supervisor asks every two seconds."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", node._options.http_port), Answer)
+    port = node._options.http_port
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), Answer)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on 127.0.0.1:{port}: {error.strerror}") from error
     threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
     return server
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -140,7 +141,9 @@ def _token(file: Path | None) -> str:
         except (OSError, UnicodeDecodeError) as error:
             why = getattr(error, "strerror", None) or "it is no text"
             raise ConfigError(f"cannot read the token in {file}: {why}", hint="--token-file FILE") from error
-    given = os.environ.get("MDEPLOY_CLUSTER_TOKEN", "")
+    from mdeploy.cluster import TOKEN_VARIABLE
+
+    given = os.environ.get(TOKEN_VARIABLE, "")
     if given:
         return given.strip()
     if not sys.stdin.isatty():
@@ -160,10 +163,9 @@ def _shares(cpus: int | None, gpus: int | None, store_mib: int | None) -> Shares
     return Shares(cpus, gpus, None if store_mib is None else store_mib << 20)
 
 
-def _emit(done: ServiceStatus, address: str, *, as_json: bool, human: object) -> None:
+def _emit(done: ServiceStatus, address: str, *, as_json: bool, human: Callable[[], str]) -> None:
     from mdeploy.cli.ps import row
 
-    assert callable(human)
     output.emit({"cluster": {"address": address}, "service": row(done)}, as_json=as_json, human=human)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -155,10 +156,10 @@ def _deliver(files: Iterable[Rendered], directory: Path | None, main: str, follo
 
     if directory is None:
         typer.echo(main, nl=False)
-        others = [file.name for file in files if str(file.content) not in main]
+        others = [file.name for file in files if not file.name.endswith(".yaml")]
         if others:
             output.say(f"with -o DIR also: {', '.join(others)}")
         return
     for path in writing.write(files, expand(directory)):
         output.say(f"wrote {path}")
-    output.say(f"next: cd {directory} && {following.replace('DIR', '.')}")
+    output.say(f"next: cd {shlex.quote(str(directory))} && {following.replace('DIR', '.')}")

@@ -15,7 +15,7 @@ from mdeploy.errors import ConfigError, UsageError
 _TAKEN = ("Any", "False", "Handler", "HTTPError", "None", "Request", "True")
 
 _APP = '''\
-"""{title}: served by `mdeploy serve app {name}/recipe.yaml`."""
+"""{title}: served by `mdeploy serve app recipe.yaml`, in this directory."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ class {cls}(Handler):
 '''
 
 _TEST = '''\
-"""The class without a server: `python -m pytest {name}`."""
+"""The class without a server: `python -m pytest`, in this directory."""
 
 import json
 
@@ -90,7 +90,7 @@ def test_wrong_input(handler: {cls}) -> None:
 '''
 
 _RECIPE = """\
-# How it is served; options of the command line win: mdeploy serve app {name}/recipe.yaml --batch 64
+# How it is served; options of the command line win: mdeploy serve app recipe.yaml --batch 64
 kind: app
 handler: app.py:{cls}
 description: {title!r}
@@ -126,7 +126,7 @@ def init_app(
 
     directory = expand(name)
     state.check_name(directory.name)
-    words = {"name": shlex.quote(name), "title": directory.name, "cls": _class_name(directory.name)}
+    words = {"title": directory.name, "cls": _class_name(directory.name)}
     files = {"app.py": _APP, "test_app.py": _TEST, "recipe.yaml": _RECIPE}
     _write(directory, {file: text.format(**words) for file, text in files.items()})
     where = shlex.quote(name)

@@ -19,7 +19,7 @@ import typer
 
 from mdeploy import __version__
 from mdeploy.cli import output
-from mdeploy.errors import ExitCode, MdeployError, UsageError
+from mdeploy.errors import ConfigError, ExitCode, MdeployError, UsageError
 
 _STDOUT_IS_LOST = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
 
@@ -159,6 +159,9 @@ def _no_io(error: OSError, *, as_json: bool) -> int:
     if error.filename is None and error.errno in _STDOUT_IS_LOST:
         _forget_stdout()
         return output.fail(MdeployError(f"standard output: {error.strerror}"), as_json=False)
+    if error.errno == errno.ENOENT and error.filename is None:  # getcwd()
+        gone = ConfigError("the current directory does not exist any more", hint="cd to one that does")
+        return output.fail(gone, as_json=as_json)
     what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     return output.fail(MdeployError(what), as_json=as_json)
 

@@ -231,9 +231,22 @@ def _cluster(settings: Settings, shares: _Shares, *, wanted: bool) -> ClusterOpt
         address=found.address,
         token_file=str(found.token_file),
         replicas=_replicas(shares.replicas),
-        gpus=shares.gpus or 0.0,
-        cpus=1.0 if shares.cpus is None else shares.cpus,
+        gpus=_gpus_each(shares.gpus or 0.0),
+        cpus=_cpus_each(1.0 if shares.cpus is None else shares.cpus),
     )
+
+
+def _gpus_each(share: float) -> float:
+    """What Ray can give: part of one GPU, or whole ones."""
+    if share and not (0.01 <= share <= 1 or share.is_integer()):
+        raise UsageError(f"--gpus-per-replica {share:g}: a part of a GPU from 0.01 to 1, or whole ones")
+    return share
+
+
+def _cpus_each(share: float) -> float:
+    if share == float("inf"):
+        raise UsageError("--cpus-per-replica inf: a number of cores")
+    return share
 
 
 def _replicas(text: str | None) -> int | None:

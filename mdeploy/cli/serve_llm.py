@@ -70,12 +70,12 @@ def llm(
 
 
 def _gpus(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and part.isascii() for part in parts) or len(set(map(int, parts))) != len(parts):
+    from mdeploy import devices
+
+    found = None if text is None else devices.indices(text)
+    if text is not None and found is None:
         raise typer.BadParameter("GPU numbers separated by commas, each once, like 0,1", param_hint="--gpus")
-    return tuple(int(part) for part in parts)
+    return found
 
 
 def _welcome(status: ServiceStatus) -> None:

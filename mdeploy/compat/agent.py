@@ -34,7 +34,7 @@ _DRAIN_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Joining:
-    """A worker as its command line describes it. `device` goes to `init` word for word."""
+    """A worker as its command line describes it. `name` is its handler's; `device` goes to `init` word for word."""
 
     script: Path
     class_name: str
@@ -69,7 +69,7 @@ def _setter(event: threading.Event) -> Callable[[int, FrameType | None], None]:
 
 def _start(worker: Joining) -> subprocess.Popen[bytes]:
     options = AppOptions(
-        service=worker.name.replace("/", "-"),
+        service=worker.name,
         host=worker.host,
         port=worker.port,
         handlers=(f"{worker.script}:{worker.class_name}",),

@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from mdeploy import settings
@@ -119,10 +120,11 @@ def _worker(options: argparse.Namespace, apis: Mapping[str, type], script: Path,
         raise UsageError("a worker needs --device and --controller-addr", hint=f"python {script.name} --help")
     own = options.worker_addr or f"http://127.0.0.1:{options.port}"
     host = options.host or _listening_for(urlsplit(own).hostname or "")
+    model: Any = apis[name]
     joining = agent.Joining(
         script=script,
-        class_name=apis[name].__qualname__,
-        name=name,
+        class_name=model.__qualname__,
+        name=model.__mdeploy_handler__.name,
         host=host,
         port=options.port,
         device=options.device,

@@ -16,7 +16,8 @@ _RESTART = {"always": "always", "on-failure": "unless-stopped", "never": "no"}
 
 
 def render(works: Sequence[Workload]) -> tuple[Rendered, ...]:
-    """The compose file and the Dockerfiles it builds from."""
+    """The compose file and the Dockerfiles it builds from. Raises UsageError for services that cannot go together."""
+    dockerfile.check(works)
     names = {work.name for work in works}
     document: dict[str, Any] = {
         "name": "mdeploy",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
+from mdeploy.errors import UsageError
 from mdeploy.export.rendered import MARK, Rendered
 from mdeploy.export.workload import CACHE, USER, Workload
 
@@ -12,13 +16,24 @@ WHEELS = "wheels"
 
 def name_of(work: Workload) -> str:
     """The Dockerfile a workload's image is built from."""
-    return f"{work.name}.Dockerfile" if work.image == "app" else f"{work.image}.Dockerfile"
+    return f"{work.name}.Dockerfile" if work.image == "app" else f"{work.image}-{work.version}.Dockerfile"
 
 
 def tag_of(work: Workload) -> str:
     """What its image is called."""
-    what = work.name.lower().strip("._-") if work.image == "app" else work.image
+    what = re.sub(r"[^a-z0-9]+", "-", work.name.lower()).strip("-") if work.image == "app" else work.image
     return f"mdeploy/{what}:{work.version}"
+
+
+def check(works: Sequence[Workload]) -> None:
+    """Raises UsageError for two images that would be one: the second to be built would run as both."""
+    owners: dict[str, Workload] = {}
+    for work in works:
+        for what in (name_of(work), tag_of(work)):
+            other = owners.setdefault(what, work)
+            if other != work and "app" in (other.image, work.image):
+                hint = "export them apart, or serve one under another --name"
+                raise UsageError(f"{other.name} and {work.name} would both be {what}", hint=hint)
 
 
 def needs_wheel(work: Workload) -> bool:

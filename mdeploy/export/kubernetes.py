@@ -48,11 +48,25 @@ def check(works: Sequence[Workload], target: Target) -> None:
         if other != work.name:
             hint = "export one of them into another --namespace"
             raise UsageError(f"{other} and {work.name} are both {name_of(work)} in Kubernetes", hint=hint)
+    if not target.image:
+        dockerfile.check(works)
+    if target.claim:
+        _check_claim(works)
     for flag, value in (("--namespace", target.namespace), ("--claim", target.claim)):
         if value is not None and not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", value):
             raise UsageError(f"{flag} {value}: no name of Kubernetes", hint="lower-case letters, digits and -")
     if target.image and not re.fullmatch(r"[a-z0-9][A-Za-z0-9._:/@-]*", target.image):
         raise UsageError(f"--image {target.image}: no name of an image", hint="--image registry.example.org/app:1.0")
+
+
+def _check_claim(works: Sequence[Workload]) -> None:
+    """One name in a volume cannot be two directories. Raises UsageError."""
+    held: dict[str, str] = {}
+    for source, name in (place for work in works for place in in_claim(work)):
+        other = held.setdefault(name, source)
+        if other != source:
+            hint = "rename one of the directories, or export their services with claims of their own"
+            raise UsageError(f"{other} and {source} would both be {name} in the volume of --claim", hint=hint)
 
 
 def name_of(work: Workload) -> str:
@@ -166,8 +180,8 @@ def _container(work: Workload, target: Target) -> dict[str, Any]:
 
 
 def _literal(text: str) -> str:
-    """Kubernetes replaces $(NAME) in words and values, not in probes; $$( is the text itself."""
-    return text.replace("$(", "$$(")
+    """Kubernetes replaces $(NAME) in words and values, not in probes; $$ is a dollar."""
+    return text.replace("$", "$$")
 
 
 def _resources(work: Workload) -> dict[str, Any]:

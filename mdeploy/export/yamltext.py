@@ -23,7 +23,7 @@ def dump(document: Any) -> str:
             return True
 
     def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-        if value.endswith("\n") and value.isprintable() is False and re.fullmatch(r"[\n -~]+", value):
+        if value.endswith("\n") and re.fullmatch(r"[\n -~]+", value):
             return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|")
         plain = _PLAIN.fullmatch(value) and not _NO_TEXT.fullmatch(value)
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if plain else '"')

@@ -64,12 +64,9 @@ def kubernetes_files(works: Sequence[Workload], target: Target, say: Say, *, ins
 
 def workload(settings: Settings, spec: ServiceSpec, say: Say) -> Workload:
     """A service as it will be in a container. Raises what keeps it from being one."""
+    known.check_kind(spec)
     key = _key(spec, say)
-    if spec.kind == "app":
-        return _app(spec, key, say)
-    if spec.kind != "llm":
-        raise UsageError(f"{spec.name}: services of kind {spec.kind} cannot be exported", hint="mdeploy ps lists kinds")
-    return _llm(settings, spec, key)
+    return _app(spec, key, say) if spec.kind == "app" else _llm(settings, spec, key)
 
 
 def _llm(settings: Settings, spec: ServiceSpec, key: Key | None) -> Workload:
@@ -160,8 +157,16 @@ def _data(spec: ServiceSpec, words: Sequence[str]) -> Iterator[str]:
     for text in (*words, *values):
         whole = text.partition("=")[2] if text.startswith("--") else text
         for path in {whole, *_PATH.findall(text)}:
-            if path.startswith("/") and path != "/" and not _is_below(path, but) and Path(path).exists():
+            if path.startswith("/") and path != "/" and not _is_below(path, but) and _exists(path):
                 yield path.rstrip("/")
+
+
+def _exists(path: str) -> bool:
+    """False also for what is too long to be a path, and for what nobody of us may see."""
+    try:
+        return Path(path).exists()
+    except OSError:
+        return False
 
 
 def _is_below(path: str, trees: Collection[str]) -> bool:

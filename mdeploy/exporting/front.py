@@ -59,6 +59,7 @@ class Request:
 def site(settings: Settings, request: Request, say: Say) -> Site:
     """The site that was asked for. Raises what is wrong with it."""
     spec = known.spec_of(settings, request.service)
+    known.check_kind(spec)
     replicas = [known.spec_of(settings, name) for name in request.servers if ":" not in name]
     others = [address.server(text) for text in request.servers if ":" in text]
     _check_alike(spec, replicas)
@@ -170,6 +171,8 @@ def _key_file(request: Request) -> Path:
         flag = "--add-key" if request.guard == "add" else "--key-from-service"
         raise UsageError(f"{flag} needs -o: keys go into a file of their own, never onto the screen", hint="-o FILE")
     whole = expand(request.output)
+    if whole.suffix == ".key":
+        raise UsageError(f"-o {request.output}: the file of that name is for the keys", hint="-o FILE.conf")
     return whole.with_suffix(".key") if whole.suffix else whole.with_name(f".{whole.name}.key")
 
 

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 
 from mdeploy import credentials
-from mdeploy.errors import ConfigError
+from mdeploy.errors import ConfigError, UsageError
 from mdeploy.serving import options
 from mdeploy.serving.options import AppOptions
 from mdeploy.settings import Settings
@@ -19,6 +19,12 @@ from mdeploy.supervise.state import ServiceFiles
 def spec_of(settings: Settings, name: str) -> ServiceSpec:
     """The spec of a service, running or not. Raises NotFoundError, ConfigError for a damaged one."""
     return ServiceFiles(settings.paths, name).spec()
+
+
+def check_kind(spec: ServiceSpec) -> None:
+    """Raise UsageError for a service that no client asks anything: a machine's part of a cluster."""
+    if spec.kind not in ("llm", "app"):
+        raise UsageError(f"{spec.name}: services of kind {spec.kind} cannot be exported", hint="mdeploy ps lists kinds")
 
 
 def app_options(spec: ServiceSpec) -> AppOptions:

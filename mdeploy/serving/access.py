@@ -44,6 +44,7 @@ class AccessLog:
         self._fd = sys.stdout.fileno() if fd is None else fd
         self._waiting: list[Access] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._complained = False
 
     def add(self, access: Access) -> None:
         """Take a line; to be called in the event loop."""
@@ -67,10 +68,17 @@ class AccessLog:
         try:
             while left:
                 left = left[os.write(self._fd, left) :]
-        except OSError as error:
+        except BrokenPipeError as error:
             # Whoever read the log is gone: serving goes on without one.
             self._fd = -1
             print(f"mdeploy: the access log ends: {error.strerror}", file=sys.stderr)  # noqa: T201
+        except OSError as error:
+            # A full disk: these lines are lost, later ones perhaps not.
+            if not self._complained:
+                print(f"mdeploy: lines of the access log are lost: {error.strerror}", file=sys.stderr)  # noqa: T201
+            self._complained = True
+        else:
+            self._complained = False
 
 
 @functools.lru_cache(maxsize=4)

@@ -20,7 +20,15 @@ _BODILESS = (204, 205, 304)
 _FRAMING = ("content-length", "transfer-encoding", "connection", "content-type", "date", "server")
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token of RFC 9110
 _PRINTABLE = re.compile(r"[\t\x20-\x7e\xa0-\xff]*")
+_DEVICE_LOST = re.compile(
+    r"device-side assert|illegal (memory access|instruction|address)|misaligned address|unspecified launch failure"
+    r"|uncorrectable ECC|invalid program counter"
+)
 _CODES = {400: "bad_request", 404: "not_found", 413: "too_large", 415: "unsupported_media_type", 422: "invalid_body"}
+
+
+class DeviceLostError(Exception):
+    """This process cannot use its GPU any more, only a fresh one can: CUDA refuses everything that follows."""
 
 
 def _encoder() -> Callable[[Any], bytes]:
@@ -113,8 +121,10 @@ def _is_raw(value: Any) -> bool:
 def failed(error: BaseException, errors: Mapping[type[BaseException], int], *, blames_client: bool = False) -> Reply:
     """The reply for an exception; one that is nobody's business is 500, with its traceback in the log.
 
-    `blames_client` where a ValueError is about what the client sent.
+    `blames_client` where a ValueError is about what the client sent. Raises DeviceLostError.
     """
+    if has_lost_device(error):
+        raise DeviceLostError(str(error).partition("\n")[0]) from error
     known = next((status for kind, status in errors.items() if isinstance(error, kind)), None)
     if isinstance(error, HTTPError):
         return refusal(error.status, error.message, error.code, _headers_that_can_be_sent(error))
@@ -151,6 +161,12 @@ def report(error: BaseException) -> None:
     with contextlib.suppress(OSError):  # the log's disk may be full: that is no reason to answer nobody
         sys.stderr.write(text)
         sys.stderr.flush()
+
+
+def has_lost_device(error: BaseException) -> bool:
+    """Whether CUDA will fail from now on whatever it is asked; torch and onnxruntime say it in words only."""
+    kind = type(error).__name__
+    return (isinstance(error, RuntimeError) or "Fail" in kind) and bool(_DEVICE_LOST.search(str(error)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

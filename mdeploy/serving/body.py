@@ -96,9 +96,20 @@ class Bodies:
         if exchange.body_is_here:
             body: bytes = await self._part(exchange)
             return body
-        gathered = bytearray()
-        await self._feed(exchange, gathered.extend)
-        return memoryview(gathered)
+        declared = int(exchange.headers.get(b"content-length", b"0"))
+        gathered = bytearray(declared)  # pages that nothing is written to take no memory
+        if not declared:
+            await self._feed(exchange, gathered.extend)
+            return memoryview(gathered)
+        view, end = memoryview(gathered), 0
+
+        def take(part: bytes) -> None:
+            nonlocal end
+            view[end : end + len(part)] = part
+            end += len(part)
+
+        await self._feed(exchange, take)
+        return view
 
     async def _part(self, exchange: Exchange) -> Any:
         message = await exchange.receive()

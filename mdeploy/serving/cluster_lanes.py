@@ -181,7 +181,7 @@ class ClusterBackend:
         """time.monotonic() of the last good answer; 0.0 before the first."""
         return self._dispatch.answered_at
 
-    def submit(self, request: Request, gone: Callable[[], bool], cost: float = 1.0) -> Call:
+    def submit(self, request: Request, gone: Callable[[], bool], cost: float = 0.0) -> Call:
         """Queue a request. Raises OverloadedError."""
         return self._dispatch.submit(request, gone, cost)
 

@@ -17,6 +17,9 @@ TOKEN_VARIABLE = "RAY_AUTH_TOKEN"
 
 DEFAULT_PORT = 6379
 
+SERVICE = "cluster"
+"""The service that is a machine's part of a cluster; no other may have its name."""
+
 # A machine that does not answer is given up after about 6 s (Ray: 30 s), so that its requests go elsewhere.
 # Metrics, events and reports nobody reads are off: idle, they are most of what Ray costs.
 _QUIET: Mapping[str, str] = {

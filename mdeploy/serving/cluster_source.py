@@ -52,7 +52,7 @@ def pack(handlers: Sequence[str], paths: Sequence[str], root: Path) -> Parcel:
     Raises ConfigError for what is more than source, and for files that cannot be read.
     """
     beside = [str(Path(_file(spec)).parent) for spec in handlers if _is_file(spec)]
-    origins = _outermost([*paths, *beside])
+    origins = _distinct([*paths, *beside])
     budget = [MOST_BYTES, _MOST_FILES]
     for number, origin in enumerate(origins):
         _copy(Path(origin), root / _place(number), budget)
@@ -87,7 +87,7 @@ def _file(spec: str) -> str:
     return spec.partition(":")[0]
 
 
-def _outermost(paths: Sequence[str]) -> tuple[str, ...]:
+def _distinct(paths: Sequence[str]) -> tuple[str, ...]:
     """Every directory once, in their order."""
     return tuple(dict.fromkeys(str(Path(path).resolve()) for path in paths))
 

@@ -82,8 +82,8 @@ class Dispatcher:
         """Requests that workers have."""
         return sum(len(batch.left) for lane in self._lanes for batch in lane.outstanding)
 
-    def submit(self, request: Request, gone: Callable[[], bool], cost: float = 1.0) -> Call:
-        """Queue a request. Raises OverloadedError."""
+    def submit(self, request: Request, gone: Callable[[], bool], cost: float = 0.0) -> Call:
+        """Queue a request; workers split by cost whatever is not known of it here. Raises OverloadedError."""
         call = Call(request, gone, cost, self.info.timeout, self._loop)
         if self._closing is not None:
             call.answer(self._closing)
@@ -211,7 +211,7 @@ class Dispatcher:
         for index, reply in replies:
             batch.left.discard(index)
             batch.calls[index].answer(reply)
-        if any(reply.status < 500 for _, reply in replies):
+        if any(reply.status < 400 for _, reply in replies):
             batch.is_good = True
             self.answered_at = time.monotonic()
 

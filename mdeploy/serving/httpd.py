@@ -100,6 +100,7 @@ async def _until_drained(
 
     host, port = sock.getsockname()[:2]
     try:
+        sock.listen(options.backlog)  # uvloop tells nobody where that fails: two may have bound an address at once
         server = await loop.create_server(connection, sock=sock, backlog=options.backlog)
     except OSError as error:
         raise _taken(host, port, error) from error

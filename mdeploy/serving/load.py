@@ -49,7 +49,7 @@ def handlers(spec: str, paths: Sequence[str] = ()) -> tuple[type[Handler], ...]:
         return (_adapted(_member(module, name), spec),)
     found = [_adapted(value, spec) for value in vars(module).values() if _is_own(value, module)]
     if not found:
-        raise LoadError(f"{where} defines no Handler")
+        raise LoadError(f"{where} defines no Handler with inference or forward")
     return tuple(dict.fromkeys(found))
 
 

@@ -33,7 +33,12 @@ _KNOWN = (
     ),
     (r"no cluster answers|no part of the cluster", "mdeploy cluster status", ExitCode.UNAVAILABLE, False),
     (r"needs a model", "serve it again with --model ID|DIR", ExitCode.CONFIG, True),
-    (r"neither inference nor forward|defines no Handler", "mdeploy init app DIR writes one that works", ExitCode.CONFIG, True),
+    (
+        r"neither inference nor forward|defines no Handler",
+        "mdeploy init app NAME writes one that works",
+        ExitCode.CONFIG,
+        True,
+    ),
 )
 
 

@@ -26,8 +26,17 @@ _BACK_OFF_S = (0.5, 30.0)
 _FAILED_STARTS = 5
 """Replacements that fail in a row, while no worker is left, before the service gives up."""
 
+_START_FACTOR, _START_S = 5.0, 600.0
+"""A replacement may take so many times as long as the first start, and always so many seconds."""
+
+_RETIRE_S = 600.0
+"""What an old worker gets to finish streams that go on; one that makes no progress is killed long before."""
+
 _END_S = 5.0
 """What a worker gets to close its model and end."""
+
+_FIXED = ("name", "path", "aliases", "methods", "queue_size", "workers_per_device", "body", "result")
+"""What a service keeps for as long as it lives, whatever fresh workers say."""
 
 _PRIVATE = ("MDEPLOY_API_KEYS_FILE", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -71,6 +80,8 @@ class Pool:
         self._retiring: list[WorkerProcess] = []
         self._generation = 1
         self._failed_starts = 0
+        self._start_limit_s = _START_S
+        self._retirements: set[asyncio.Task[None]] = set()
         self._closing = False
         self._ticker: asyncio.TimerHandle | None = None
         self._dispatcher: Dispatcher | None = None
@@ -98,7 +109,7 @@ class Pool:
         """time.monotonic() of the last good answer; 0.0 before the first."""
         return self._dispatch.answered_at
 
-    def submit(self, request: Request, gone: Callable[[], bool], cost: float = 1.0) -> Call:
+    def submit(self, request: Request, gone: Callable[[], bool], cost: float = 0.0) -> Call:
         """Queue a request. Raises OverloadedError."""
         return self._dispatch.submit(request, gone, cost)
 
@@ -116,6 +127,7 @@ class Pool:
 
     async def start(self) -> None:
         """Until every worker has answered its example. Raises StartError, with none of them left."""
+        begun = self._loop.time()
         try:
             first = self._new(self._options.devices[0], 0)
             info = self._options.adopt(await first.worker.described)
@@ -128,6 +140,7 @@ class Pool:
         except BaseException:
             await self._kill_all()
             raise
+        self._start_limit_s = max(_START_S, _START_FACTOR * (self._loop.time() - begun))
         for slot in self._slots:
             self._admit(slot.worker)
             self._watch(slot)
@@ -188,7 +201,7 @@ class Pool:
         while not self._closing:
             try:
                 slot.worker = self._spawn(slot.device)
-                await asyncio.shield(slot.worker.ready)
+                await self._is_ready(slot.worker)
             except StartError as error:
                 await asyncio.shield(slot.worker.gone)
                 self._failed_starts += 1
@@ -206,13 +219,21 @@ class Pool:
                 return True
         return False
 
+    async def _is_ready(self, worker: WorkerProcess) -> None:
+        """Wait for a replacement, and not for ever. Raises StartError."""
+        try:
+            await asyncio.wait_for(asyncio.shield(worker.ready), self._start_limit_s)
+        except asyncio.TimeoutError as error:
+            worker.kill("it did not start in time")
+            raise StartError(f"it was not ready after {self._start_limit_s:.0f} s") from error
+
     def _break(self, why: str) -> None:
         if not self.broken.done():
             self.broken.set_result(f"no worker of {self.info.name} starts any more: {why}")
 
     def _tick(self) -> None:
-        for slot in self._slots:
-            slot.worker.tick(self.info.timeout)
+        for worker in (*(slot.worker for slot in self._slots), *self._retiring):
+            worker.tick(self.info.timeout)
         self._ticker = self._loop.call_later(_TICK_S, self._tick)
 
     # rolling restart
@@ -223,33 +244,45 @@ class Pool:
         for slot in self._slots:
             async with slot.lock:
                 old = await self._renew_slot(slot)
-            await self._retire(old)
+            retirement = self._loop.create_task(self._retire(old))
+            self._retirements.add(retirement)
+            retirement.add_done_callback(self._retirements.discard)
 
     async def _renew_slot(self, slot: _Slot) -> WorkerProcess:
         """Put a fresh worker into a slot; returns the one from before."""
         fresh = self._spawn(slot.device)
         try:
-            info = self._options.adopt(await fresh.described)
-            await fresh.ready
+            await self._is_ready(fresh)
         except BaseException:
             await _killed(fresh)
             raise
-        self._dispatch.info = dataclasses.replace(info, name=self.info.name)
+        self._adopt(self._options.adopt(fresh.described.result()))
         old, slot.worker = slot.worker, fresh
         self._admit(fresh)
         self._watch(slot)
         self._observer.restarted(self.info.name, "rolling")
         return old
 
+    def _adopt(self, info: HandlerInfo) -> None:
+        """What a fresh class says of itself, but for what the edge and the queue were built with."""
+        kept = {name: getattr(self.info, name) for name in _FIXED}
+        changed = [name for name in _FIXED if getattr(info, name) != kept[name]]
+        if changed:
+            self._say(f"{self.info.name} has another {', '.join(changed)} now; that takes a whole restart (--hard)")
+        self._dispatch.info = dataclasses.replace(info, **kept)
+
     async def _retire(self, worker: WorkerProcess) -> None:
         """Let a worker finish what it has, then end it."""
         self._retiring.append(worker)
         worker.end()
+        deadline, was_idle = self._loop.time() + _RETIRE_S, False
         try:
-            await asyncio.wait_for(asyncio.shield(worker.gone), self.info.timeout + _END_S)
-        except asyncio.TimeoutError:
-            await _killed(worker)
-        self._retiring.remove(worker)
+            while not (await asyncio.wait({worker.gone}, timeout=_END_S))[0]:
+                if was_idle or self._loop.time() > deadline:
+                    await _killed(worker)
+                was_idle = not worker.outstanding
+        finally:
+            self._retiring.remove(worker)
 
     # end
 
@@ -266,10 +299,10 @@ class Pool:
         if gone:
             await asyncio.wait(gone, timeout=_END_S)
         await self._kill_all()
-        for keeper in filter(None, (slot.keeper for slot in self._slots)):
-            keeper.cancel()
+        for task in (*filter(None, (slot.keeper for slot in self._slots)), *self._retirements):
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await keeper
+                await task
 
     async def _kill_all(self) -> None:
         for worker in (*(slot.worker for slot in self._slots), *self._retiring):

@@ -22,6 +22,8 @@ from mdeploy.serving.worker import Job
 _BOOTSTRAP = Path(__file__).with_name("bootstrap.py")
 _MESSAGES_A_TURN = 32
 _STOPPED_TICKS = 2
+_LAST_S = 5.0
+"""What a process gets to end once it hung up."""
 _LIST_BYTES = 1 << 20
 
 
@@ -183,8 +185,10 @@ class WorkerProcess:
                     return
         except BlockingIOError:
             return
-        except wire.ClosedError:
+        except wire.ClosedError:  # a process outlives this where a thread of the user's does not end
+            self.accepts = False
             self._loop.remove_reader(self._sock.fileno())
+            self._loop.call_later(_LAST_S, self.kill, "it hung up and did not end")
         except Exception as error:  # whatever it is, an answer is lost with it
             self._garbled(error)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import select
@@ -19,6 +20,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mdeploy.serving import load, wire
@@ -28,6 +30,7 @@ from mdeploy.serving.runner import Answered, Chunk, Closed, Runner
 
 _PR_SET_PDEATHSIG = 1
 _MEMORY_EVERY_S = 5.0
+_HERE = str(Path(__file__).parent) + os.sep
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +130,7 @@ def _own_frames(error: BaseException) -> Any:
 
 
 def _is_ours(file: str) -> bool:
-    return file.startswith("<frozen importlib") or os.path.dirname(file) == os.path.dirname(__file__)  # noqa: PTH120
+    return file.startswith(("<frozen importlib", importlib.__file__, _HERE))
 
 
 def _place(error: BaseException) -> str:

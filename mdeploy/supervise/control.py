@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from mdeploy.errors import AlreadyRunningError, MdeployError, NotReadyError
 from mdeploy.specs import ServiceRecord, ServiceStatus
@@ -165,7 +164,7 @@ def _clear(files: ServiceFiles) -> bool:
             remains = ()
             processes.remove_scratch(record.scratch)
         if record.phase != "stopped":
-            files.write_record(replace(record, phase="stopped", since=time.time(), detail="", error=None, hint=""))
+            files.settle(record)
     return bool(remains)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 from collections.abc import Iterable
 
@@ -22,8 +23,15 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            hint = f"take another --port, or see who has it: ss -ltnp 'sport = :{port}'"
-            raise PortTakenError(f"cannot listen on {host}:{port}: {reason}", hint=hint) from error
+            raise PortTakenError(f"cannot listen on {host}:{port}: {reason}", hint=_hint(port, error)) from error
+
+
+def _hint(port: int, error: Exception) -> str:
+    if isinstance(error, socket.gaierror) or getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
+        return "--host takes an address of this machine (ip address), or 0.0.0.0 for all of them"
+    if isinstance(error, PermissionError):
+        return "take a --port from 1024 on, or act as root"
+    return f"take another --port, or see who has it: ss -ltnp 'sport = :{port}'"
 
 
 def listens(pids: Iterable[int], port: int) -> bool:

@@ -141,6 +141,17 @@ class ServiceFiles:
         """Replace the record."""
         write_atomically(self.directory / "state.json", to_json(record), _PUBLIC)
 
+    def settle(self, record: ServiceRecord) -> None:
+        """Write that a service is stopped. A full disk has no place for that: then no record says the same."""
+        stopped = dataclasses.replace(record, phase="stopped", since=time.time(), detail="", error=None, hint="")
+        try:
+            self.write_record(stopped)
+        except ConfigError as error:
+            try:
+                (self.directory / "state.json").unlink(missing_ok=True)
+            except OSError:
+                raise error from None
+
     def record_stamp(self) -> tuple[int, int, int] | None:
         """Changes whenever somebody else touches the record; None where there is none."""
         with contextlib.suppress(OSError):

@@ -54,6 +54,7 @@ def layout(spec: ServiceSpec, home: Path, scope: Scope, user: str | None, host: 
         )
     if scope == "system":
         _check_secrets(spec, home)
+        _check_tmp(spec)
     target = Target(scope, unit_directory(scope), host.version)
     program, wanted, place = needs.of_program(), needs.of_service(spec), str(home)
     if scope == "system":
@@ -71,6 +72,17 @@ def _check_secrets(spec: ServiceSpec, home: Path) -> None:
         if os.path.realpath(Path(file).parent) != os.path.realpath(home / "secrets"):
             hint = f"mdeploy keys add {spec.name}, or serve it again with the key"
             raise ConfigError(f"{spec.name} names {file} as a key file, which is not in {home}/secrets", hint=hint)
+
+
+def _check_tmp(spec: ServiceSpec) -> None:
+    """Ray's sockets lie in /tmp, where a machine's part of a cluster and services on it meet: a unit has its own."""
+    on_cluster = spec.kind == "app" and any(word.startswith("--cluster=") for word in spec.argv)
+    if spec.kind == "cluster" or on_cluster:
+        again = "mdeploy cluster start|join" if spec.kind == "cluster" else f"mdeploy restart {spec.name}"
+        raise ConfigError(
+            f"{spec.name} works in a cluster: a unit, whose /tmp is its own, would not find the sockets of Ray there",
+            hint=f"name the services to install, without {spec.name}; in the background: {again}",
+        )
 
 
 def _check_homes(wanted: Needs) -> None:

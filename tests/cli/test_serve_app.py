@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -196,6 +197,9 @@ def test_an_old_configuration_of_easy_serve(app: Path, tmp_path: Path) -> None:
         (["cats/app.py", "--timeout", "nan"], 2, "timeout must be"),
         (["cats/app.py", "--batch-cost", "-1"], 2, "batch-cost must be"),
         (["cats/app.py", "--max-body", "lots"], 2, "no size"),
+        (["cats/app.py", "--cors", "https://a.b/"], 2, "without a path"),
+        (["cats/app.py", "--cors", "a.b"], 2, "an origin like"),
+        (["cats/app.py", "--host", "192.0.2.1", "--insecure", "-d"], 78, "an address of this machine"),
         (["cats/app.py", "--env", "A"], 2, "--env NAME=VALUE"),
         (["cats/app.py", "--env", "API_KEY=hidden"], 78, "API_KEY"),
         (["cats/app.py", "--env", "CUDA_VISIBLE_DEVICES=1"], 2, "--gpus"),
@@ -250,6 +254,14 @@ def test_init_writes_what_works(tmp_path: Path) -> None:
     assert measured["workload"]["endpoint"] == "http"
     assert measured["latency_ms"]["e2e"]["p50"] > 0
     assert measured["latency_ms"]["ttft"]["p50"] is None
+
+
+def test_init_writes_what_can_be_read_wherever_it_is(tmp_path: Path) -> None:
+    odd = tmp_path / 'q"""\\N\nx' / "app"
+    assert mdeploy("init", "app", odd).code == 0
+    for name in ("app.py", "test_app.py"):
+        ast.parse((odd / name).read_text())
+    assert mdeploy("serve", "app", odd / "recipe.yaml", "--dry-run").code == 0
 
 
 def test_several_handlers_keys_and_a_rolling_restart(app: Path) -> None:

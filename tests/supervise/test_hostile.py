@@ -207,6 +207,13 @@ def test_after_a_reboot_stop_settles_it(home: Path, model: Path) -> None:
     assert ((ps("s") or {})["phase"], (ps("s") or {})["error"]) == ("stopped", None)
 
 
+def _fill(file: Path) -> None:
+    """Take what is left of a disk."""
+    with file.open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
+        while True:
+            filler.write(b"x" * 1000)
+
+
 def test_a_full_disk_does_not_end_a_healthy_service(home: Path, model: Path, tmp_path: Path) -> None:
     """State and log lie on a file system of 1 MiB that is then filled to the last byte."""
     if os.geteuid() != 0:
@@ -217,9 +224,7 @@ def test_a_full_disk_does_not_end_a_healthy_service(home: Path, model: Path, tmp
         sick = tmp_path / "sick"
         assert mdeploy("serve", "llm", model, "--name", "s", "-d", FAKE_VLLM_SICK=str(sick)).code == 0
         filler = home / "services" / "filler"
-        with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
-            while True:
-                file.write(b"x" * 1000)
+        _fill(filler)
         engine = _state(home)["engine_pid"]
         sick.touch()
         until(lambda: sick.read_text().count("asked") > 4, what="the supervisor has seen it")
@@ -229,7 +234,12 @@ def test_a_full_disk_does_not_end_a_healthy_service(home: Path, model: Path, tmp
         sick.unlink()
         until(lambda: (ps("s") or {})["phase"] == "ready", what="recovery")
         assert _state(home)["engine_pid"] == engine
+        _fill(filler)
+        refused = mdeploy("keys", "add", "s")
+        assert (refused.code, refused.stderr.count("No space left")) == (78, 1)
+        assert (ps("s") or {})["phase"] == "ready"
         assert mdeploy("stop", "s").code == 0
+        assert ((ps("s") or {})["phase"], (ps("s") or {})["error"]) == ("stopped", None)
     finally:
         subprocess.run(["umount", "-l", str(home / "services")], check=True)
 
