@@ -99,6 +99,9 @@ def token_file(paths: Paths) -> Path:
 def start(settings: Settings, ip: str | None, port: int, shares: Shares, progress: OnProgress) -> ServiceStatus:
     """Make this machine the head of a cluster and wait until it works. The token of before is kept."""
     _check_installed()
+    if port in cluster_node.PORTS_OF_RAY:
+        hint = "any but 8265, 52365 and 10002 to 19999"
+        raise UsageError(f"--port {port}: one that Ray's own processes take", hint=hint)
     _check_stopped(settings)
     own = _own_address(ip)
     check_port(own, port)
@@ -239,8 +242,8 @@ def _checked(named: str) -> str:
         raise UsageError(
             f"--address {named}: no IPv4 address", hint="ip -4 addr shows those of this machine"
         ) from error
-    if address.is_unspecified:
-        raise UsageError("--address 0.0.0.0: one address, that others know this machine by", hint="ip -4 addr")
+    if address.is_unspecified or address.is_loopback:  # Ray itself takes another one in the place of these
+        raise UsageError(f"--address {named}: one that other machines know this one by", hint="ip -4 addr shows them")
     try:
         check_port(named, 0)
     except ConfigError as error:

@@ -41,8 +41,21 @@ class _Seen:
 
 
 def can(status: ServiceStatus) -> bool:
-    """Whether a service replaces its workers while it serves."""
-    return status.spec.kind == "app" and status.phase == "ready"
+    """Whether a service replaces its workers while it serves; `unhealthy` it is also just after one has ended."""
+    if status.spec.kind != "app":
+        return False
+    return status.phase == "ready" or (status.phase == "unhealthy" and _is_live(status.spec))
+
+
+def _is_live(spec: ServiceSpec) -> bool:
+    """Whether every handler has a worker."""
+    import httpx
+
+    try:
+        answer = httpx.get(f"{spec.url}{spec.probe.health_path}", trust_env=False, timeout=spec.limits.health_timeout_s)
+    except httpx.HTTPError:
+        return False
+    return answer.status_code == httpx.codes.OK
 
 
 def restart(files: ServiceFiles, say: Say) -> ServiceStatus:
@@ -101,7 +114,7 @@ def _watch(client: httpx.Client, files: ServiceFiles, spec: ServiceSpec, before:
             raise NotReadyError(f"{files.name} does not begin", hint=f"mdeploy restart {files.name} --hard")
         time.sleep(_POLL_S)
         now = time.monotonic()
-    hint = f"mdeploy logs {files.name}"
+    hint = f"mdeploy logs {files.name}; the workers from before go on"
     raise NotReadyError(f"{files.name}: not all workers are new after {now - begun:.0f} s", hint=hint)
 
 
@@ -114,8 +127,8 @@ def _look(client: httpx.Client, spec: ServiceSpec) -> _Seen:
         hint = f"mdeploy restart {spec.name} --hard"
         raise NotReadyError(f"{spec.name} does not say how it is: {error}", hint=hint) from error
     rolling: Mapping[str, Any] = document.get("rolling") or {}
-    error, number = str(rolling.get("error") or ""), int(rolling.get("round") or 0)
-    return _Seen(_workers(document), str(rolling.get("state", "idle")), error, number)
+    phase, cause, number = rolling.get("state", "idle"), rolling.get("error") or "", rolling.get("round") or 0
+    return _Seen(_workers(document), str(phase), str(cause), int(number))
 
 
 def _workers(document: Mapping[str, Any]) -> frozenset[str]:

@@ -214,9 +214,12 @@ class App:
         infos = [backend.info for backend in workers.backends.values()]
         directories = {str(Path(info.source).parent) for info in infos if info.source} | set(self._options.paths)
         say(f"reloading at every change below {', '.join(sorted(directories))}")
-        async for changes in watchfiles.awatch(*directories, watch_filter=watchfiles.PythonFilter()):
-            say(f"{', '.join(sorted({Path(file).name for _, file in changes}))} changed")
-            self.renew()
+        try:
+            async for changes in watchfiles.awatch(*directories, watch_filter=watchfiles.PythonFilter()):
+                say(f"{', '.join(sorted({Path(file).name for _, file in changes}))} changed")
+                self.renew()
+        except (OSError, RuntimeError) as error:  # no inotify watches left, for one
+            say(f"changes are not noticed any more: {error}; `mdeploy restart` takes them over")
 
 
 class LocalPools:

@@ -38,7 +38,7 @@ _NOISE = re.compile(r"Failed to determine local IP|Remaining processes will be k
 _MEANINGS = (
     (r"IsAlive = 0|marked as dead|marked dead", "the head lost sight of this machine and gave it up"),
     (r"Failed to connect to GCS|GCS.*(unavailable|disconnect)", "the head does not answer"),
-    (r"gcs_server|Address already in use", "its head process ended"),
+    (r"gcs_server \[exit|Address already in use", "its head process ended"),
 )
 """What Ray's last words come down to; the first that is found wins."""
 

@@ -17,6 +17,9 @@ TOKEN_VARIABLE = "RAY_AUTH_TOKEN"
 
 DEFAULT_PORT = 6379
 
+PORTS_OF_RAY = (8265, 52365, *range(10002, 20000))
+"""Ports that `ray start` gives to parts of its own; it ends where the head's is one of them."""
+
 SERVICE = "cluster"
 """The service that is a machine's part of a cluster; no other may have its name."""
 

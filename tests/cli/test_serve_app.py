@@ -279,13 +279,44 @@ def test_several_handlers_keys_and_a_rolling_restart(app: Path) -> None:
     assert "2 of 2 workers are new" in restarted.stderr
     assert _post(f"{url}/upper", {"text": "A"}, new) == "a"
     app.write_text(APP.replace("class Upper", "raise RuntimeError('no weights')\nclass Upper"))
-    failed = mdeploy("restart", "cats")
-    assert (failed.code, "no weights" in failed.stderr, "go on" in failed.stderr) == (1, True, True)
+    for _ in range(2):  # also while it is "unhealthy" for a moment, since a worker has just ended
+        failed = mdeploy("restart", "cats")
+        assert (failed.code, "no weights" in failed.stderr, "go on" in failed.stderr) == (1, True, True)
     assert _post(f"{url}/upper", {"text": "A"}, new) == "a"
     service = ps("cats") or {}
     assert (service["phase"], service["pid"]) == ("ready", pid)
     hard = mdeploy("restart", "cats", "--hard")
     assert (hard.code, "no weights" in hard.stderr) == (1, True)
+
+
+def test_newer_code_does_not_wait_for_code_that_never_loads(app: Path) -> None:
+    served = mdeploy("serve", "app", f"{app}:Upper", *_port(), "-d", "--json")
+    assert served.code == 0, served.stderr
+    begun = app.with_name("begun")
+    app.write_text(f"open({str(begun)!r}, 'w')\nwhile True: pass\n")
+    with running("restart", "upper") as process:
+        until(begun.exists, what="a worker is loading it")
+        app.write_text(APP.replace(".upper()", ".lower()"))
+        restarted = mdeploy("restart", "upper")
+        assert restarted.code == 0, restarted.stderr
+        assert _post(f"{served.json['service']['url']}/upper", {"text": "A"}) == "a"
+        assert process.wait(30) == 0
+    mdeploy("stop", "upper")
+
+
+def test_a_kernel_that_watches_no_more_files_is_told(app: Path, tmp_path: Path) -> None:
+    limit = "echo 0 > /proc/sys/user/max_inotify_watches"
+    if subprocess.run(["unshare", "-Ur", "sh", "-c", limit], capture_output=True, check=False).returncode:
+        pytest.skip("no user namespaces")
+    serve = f"{sys.executable} -m mdeploy serve app {app}:Upper --port {free_port()} --reload"
+    said = tmp_path / "said"
+    with said.open("w") as out:
+        words = ["unshare", "-Ur", "sh", "-c", f"{limit}; exec {serve}"]
+        process = subprocess.Popen(words, stdout=out, stderr=out)
+    with process:
+        until(lambda: "changes are not noticed any more" in said.read_text(), what="it says so")
+        process.terminate()
+        assert process.wait(30) == 0
 
 
 def test_in_the_foreground_keys_and_restart_work_too(app: Path) -> None:

@@ -47,7 +47,7 @@ def test_serving_on_one_needs_one(tmp_path: Path) -> None:
     assert (result.code, "in no cluster" in result.stderr) == (78, True)
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0", "192.0.2.7", "head", "::1"])
+@pytest.mark.parametrize("address", ["0.0.0.0", "127.0.0.1", "192.0.2.7", "head", "::1"])
 def test_an_address_must_be_one_of_this_machine(address: str) -> None:
     result = mdeploy("cluster", "start", "--address", address)
     assert (result.code, address in result.stderr) == (2, True)
@@ -56,6 +56,13 @@ def test_an_address_must_be_one_of_this_machine(address: str) -> None:
 def test_a_token_file_that_is_not_there_is_told(tmp_path: Path) -> None:
     result = mdeploy("cluster", "join", "127.0.0.1", "--token-file", tmp_path / "none")
     assert (result.code, "cannot read the token" in result.stderr) == (78, True)
+
+
+@pytest.mark.parametrize("port", [80, 8265, 10002, 19999, 52365, 65536])
+def test_a_head_takes_no_port_of_rays_own(port: int) -> None:
+    pytest.importorskip("ray")
+    result = mdeploy("cluster", "start", "--address", "127.0.0.1", "--port", str(port))
+    assert (result.code, "--port" in result.stderr) == (2, True)
 
 
 def test_names_that_no_head_can_have() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import signal
@@ -13,6 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
+import uvloop
+from fastapi import FastAPI
 
 from tests.fakes.served import Served, answers, everything, serving
 from tests.support import until
@@ -335,6 +338,19 @@ def test_a_port_that_is_taken_is_told(edge: Served) -> None:
 
     with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{edge.port}: Address already in use"):
         httpd.bind("127.0.0.1", edge.port)
+
+
+def test_of_two_that_bound_a_port_before_either_listened_one_is_told() -> None:
+    from mdeploy.errors import ConfigError
+    from mdeploy.serving import httpd
+
+    with httpd.bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with httpd.bind("127.0.0.1", port) as second:
+            first.listen()
+            waiting = httpd.serve(FastAPI(), second, httpd.ServerOptions(), asyncio.Event())
+            with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
+                uvloop.run(waiting)
 
 
 def test_an_idle_edge_sleeps(edge: Served) -> None:

@@ -244,6 +244,13 @@ def test_a_full_disk_does_not_end_a_healthy_service(home: Path, model: Path, tmp
         subprocess.run(["umount", "-l", str(home / "services")], check=True)
 
 
+def test_a_directory_that_is_gone_is_told(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    script = f"cd {tmp_path}/gone && rmdir ../gone && exec {sys.executable} -m mdeploy ps"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, "current directory does not exist" in done.stderr) == (78, True)
+
+
 def test_a_machine_without_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "_SHM", Path("/nowhere"))
     assert processes.shared_memory([os.getpid()]) == frozenset()
