@@ -25,7 +25,7 @@ from mdeploy.specs import Gpu, GpuPlan, Limits, ModelFacts, RestartPolicy, Servi
 from mdeploy.supervise import state
 
 # TOKENIZERS_PARALLELISM and MAX_TOKENS hold none
-_SECRET_NAME = re.compile("KEY|TOKEN(?!IZER|S(?:_|$))|SECRET|PASSWORD")
+_SECRET_NAME = re.compile("KEY|TOKEN(?!IZER|S(?:_|$))|SECRET|PASSW")
 _DEVICE_VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 
 

@@ -136,8 +136,10 @@ def stop() -> None:
 def _token(file: Path | None) -> str:
     """The token of the cluster to join, from where nobody else can read it."""
     if file is not None:
+        from mdeploy.paths import expand
+
         try:
-            return file.read_text(encoding="utf-8").strip()
+            return expand(file).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             why = getattr(error, "strerror", None) or "it is no text"
             raise ConfigError(f"cannot read the token in {file}: {why}", hint="--token-file FILE") from error

@@ -20,7 +20,6 @@ def render(works: Sequence[Workload]) -> tuple[Rendered, ...]:
     dockerfile.check(works)
     names = {work.name for work in works}
     document: dict[str, Any] = {
-        "name": "mdeploy",
         "services": {work.name: _service(work, names) for work in works},
         "volumes": {f"{work.name}-cache": {} for work in works},
     }

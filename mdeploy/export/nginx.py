@@ -79,6 +79,8 @@ def check(site: Site) -> None:
     for path in (site.tls.certificate, site.tls.key, site.key_file) if site.tls else (site.key_file,):
         if re.search(r"[$\x00-\x1f]", path):
             raise UsageError(f"{path!r}: nginx would take $ in a path for a variable", hint="use another path")
+    if re.search(r"[*?[]", site.key_file):
+        raise UsageError(f"{site.key_file!r}: nginx would take it for a pattern of files", hint="use another path")
 
 
 def render(site: Site) -> str:

@@ -114,6 +114,8 @@ def _app(spec: ServiceSpec, key: Key | None, say: Say) -> Workload:
         say(f"{spec.name}: {options.python} stays here; list its packages in a requirements.txt beside the code")
     files = [handler.rpartition(":")[0] or handler for handler in options.handlers if handler.startswith("/")]
     code = _code(spec, [*(str(Path(file).parent) for file in files), *options.paths])
+    for tree in code:
+        _tell_hidden(spec, tree, say)
     model = spec.env.get(MODEL_VARIABLE, "")
     named = {path for path in _data(spec, ()) if not _is_below(path, [tree.named for tree in code])}
     trees = places([(path, _real(path)) for path in named], model)
@@ -157,16 +159,9 @@ def _data(spec: ServiceSpec, words: Sequence[str]) -> Iterator[str]:
     for text in (*words, *values):
         whole = text.partition("=")[2] if text.startswith("--") else text
         for path in {whole, *_PATH.findall(text)}:
-            if path.startswith("/") and path != "/" and not _is_below(path, but) and _exists(path):
+            is_data = path.startswith("/") and path != "/" and not _is_below(path, but)
+            if is_data and os.path.exists(path):  # noqa: PTH110 any text
                 yield path.rstrip("/")
-
-
-def _exists(path: str) -> bool:
-    """False also for what is too long to be a path, and for what nobody of us may see."""
-    try:
-        return Path(path).exists()
-    except OSError:
-        return False
 
 
 def _is_below(path: str, trees: Collection[str]) -> bool:
@@ -196,6 +191,14 @@ def _code(spec: ServiceSpec, directories: Sequence[str]) -> tuple[Tree, ...]:
         Tree(directory, os.path.realpath(directory), f"/app/code{number if number > 1 else ''}")
         for number, directory in enumerate(outermost, 1)
     )
+
+
+def _tell_hidden(spec: ServiceSpec, tree: Tree, say: Say) -> None:
+    """An image takes a directory whole, .env and .git too, unless a .dockerignore in it says otherwise."""
+    hidden = sorted(path.name for path in Path(tree.source).glob(".*"))
+    if hidden and ".dockerignore" not in hidden:
+        shown = ", ".join(hidden[:5]) + (" …" if len(hidden) > 5 else "")
+        say(f"{spec.name}: its image would hold {shown} of {tree.named}; a .dockerignore there keeps them out")
 
 
 # addresses and keys

@@ -117,7 +117,12 @@ def _files(source: Path) -> Iterator[Path]:
     for top, directories, files in os.walk(source):
         here = Path(top)
         directories[:] = sorted(name for name in directories if _is_source(here / name))
-        yield from (here / name for name in sorted(files) if (here / name).is_file() and not name.endswith(".pyc"))
+        yield from (here / name for name in sorted(files) if _is_sent(here / name))
+
+
+def _is_sent(file: Path) -> bool:
+    """Not what hides (.env holds secrets), and not what Python makes itself."""
+    return file.is_file() and not file.name.startswith(".") and file.suffix != ".pyc"
 
 
 def _is_source(directory: Path) -> bool:

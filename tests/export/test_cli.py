@@ -154,7 +154,7 @@ def test_services_of_a_file(chat: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("gpus")
 def test_containers_of_an_app(home: Path, tmp_path: Path) -> None:
-    _app(home, tmp_path, "--gpus", "1,2", "--port", "8103")
+    _app(home, tmp_path, "--gpus", "1,2", "--port", "8103", "--env", f"BLOB=/{'A' * 400}")  # looks like a path
     service = _compose(mdeploy("export", "compose", "echo"))["echo"]
     words = service["command"]
     assert [word for word in words if "device=" in word] == ["--device=0", "--device=1"]
@@ -165,6 +165,14 @@ def test_containers_of_an_app(home: Path, tmp_path: Path) -> None:
     manifest = mdeploy("export", "kubernetes", "echo", "--insecure")
     assert f"--build-context code={tmp_path / 'code'}" in manifest.stdout
     assert mdeploy("export", "nginx", "echo", "--listen", "127.0.0.1:18098", "--check").code == 0
+
+
+def test_what_hides_beside_the_code_is_told(home: Path, tmp_path: Path) -> None:
+    _app(home, tmp_path)
+    (tmp_path / "code/.env").write_text("SECRET=1")
+    assert "would hold .env of" in mdeploy("export", "compose", "echo").stderr
+    (tmp_path / "code/.dockerignore").write_text(".*")
+    assert "would hold" not in mdeploy("export", "compose", "echo").stderr
 
 
 def test_code_beside_everything_else_is_no_image(home: Path, tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def test_unix_sockets_on_both_sides(tmp_path: Path) -> None:
         {"names": ("a;",)},
         {"tls": Tls("/a$b", "/k")},
         {"key_file": "/a\nb"},
+        {"key_file": "/a[1]/b"},
     ],
 )
 def test_values_that_nginx_would_read_as_something_else(changes: dict[str, object]) -> None:
