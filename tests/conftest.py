@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests import isolation, support
 from tests.fakes import nvidia_smi, vllm_env
@@ -28,14 +30,16 @@ def pytest_configure(config: pytest.Config) -> None:
         isolation.isolate()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A parallel run shares out whole files (their fixtures are dear), and the longest directories first."""
-    for item in items:
-        directory = item.path.parent.name
-        together = directory if directory in _TOGETHER else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(together))
-    items.sort(key=lambda item: item.path.parent.name not in _TOGETHER)
+class _WholeFiles(LoadScopeScheduling):
+    """A parallel run shares out whole files, and some directories: their fixtures are dear."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = Path(nodeid.partition("::")[0])
+        return file.parent.name if file.parent.name in _TOGETHER else str(file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _WholeFiles:
+    return _WholeFiles(config, log)
 
 
 @pytest.fixture(autouse=True)
