@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
         isolation.isolate()
 
 
-class _WholeFiles(LoadScopeScheduling):
+class _WholeFiles(LoadScopeScheduling):  # type: ignore[misc] # xdist has no types
     """A parallel run shares out whole files, and some directories: their fixtures are dear."""
 
     def _split_scope(self, nodeid: str) -> str:
