@@ -48,6 +48,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in list(os.environ):
         if name.upper().startswith(_FOREIGN):
             monkeypatch.delenv(name)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     path = tmp_path / "home"
     monkeypatch.setenv("MDEPLOY_HOME", str(path))
     monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "cache"))

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.support import REPO
+
 _MAKE = r"""set -e
 root=$1 bin=$2; shift 2
 mount -t tmpfs tmpfs "$root"
@@ -62,6 +64,7 @@ def running(document: Mapping[str, Any], name: str, image: Path, root: Path) -> 
     service = document["services"][name]
     mounts = [(mount["source"], mount["target"]) for mount in service["volumes"] if mount["type"] == "bind"]
     mounts += [(document["secrets"][one["source"]]["file"], one["target"]) for one in service.get("secrets", ())]
+    mounts.append((str(REPO), str(REPO)))  # the environment's mdeploy is installed in place
     root.mkdir()
     words = [_plain(word) for word in (*service["entrypoint"], *service["command"])]
     flat = [part for pair in mounts for part in pair]

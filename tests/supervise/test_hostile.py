@@ -290,7 +290,10 @@ def test_nohup_keeps_a_foreground_service(home: Path, model: Path) -> None:
 
 def test_an_interrupted_demo_leaves_nothing(home: Path) -> None:
     with running("demo", FAKE_VLLM_MODE="never-answers") as process:
-        until(lambda: processes_with("MDEPLOY_RUN_ID="), what="the engine of the demo runs")
+        until(
+            lambda: {*processes_with("MDEPLOY_RUN_ID=")} & {*processes_with("mdeploy-demo-")},
+            what="the engine of the demo runs",
+        )
         process.send_signal(signal.SIGHUP)
         process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGHUP

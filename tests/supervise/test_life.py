@@ -277,9 +277,7 @@ def test_hang_up_reloads_where_the_engine_can(home: Path, model: Path, tmp_path:
 
 
 def test_an_engine_that_ignores_term_is_killed(home: Path, model: Path) -> None:
-    assert _serve(model, FAKE_VLLM_MODE="ignores-term").code == 0
-    _respec(home, stop_timeout_s=1)
-    assert mdeploy("restart", "s", FAKE_VLLM_MODE="ignores-term").code == 0
+    assert _serve(model, "--drain", "1", FAKE_VLLM_MODE="ignores-term").code == 0
     assert mdeploy("stop", "s").code == 0
     assert _left(home) == []
 
