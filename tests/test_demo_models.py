@@ -11,8 +11,6 @@ import pytest
 from mdeploy.llm import facts
 from tests.support import DEMO_MODEL, REPO
 
-pytestmark = pytest.mark.alone
-
 _SCRIPT = str(REPO / "scripts/train-demo-models")
 
 
