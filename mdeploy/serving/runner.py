@@ -17,7 +17,6 @@ from mdeploy.serving.handler import Handler, HTTPError, Request
 from mdeploy.serving.info import HandlerInfo, Reply
 from mdeploy.serving.load import LoadError
 
-_SSE_HEADERS = (("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"))
 _END = object()
 _LINE_END = re.compile(r"\r\n|\r|\n")  # each of them ends a line of an event stream
 
@@ -206,7 +205,7 @@ class Runner:
 
     def _head(self) -> Reply:
         if self._info.streamed_as == "sse":
-            return Reply(200, "text/event-stream", b"", _SSE_HEADERS)
+            return Reply(200, "text/event-stream")
         return Reply(200, "application/octet-stream")
 
     def _framed(self, value: Any) -> bytes:

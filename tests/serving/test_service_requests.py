@@ -106,6 +106,7 @@ def _waiting(lab: Service) -> int:
 def test_events_arrive_one_by_one(lab: Service) -> None:
     with httpx.stream("POST", f"http://127.0.0.1:{lab.port}/events", json={"count": 3, "sleep": 0.3}) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.headers.get_list("cache-control") == ["no-cache"]
         begun, data = time.monotonic(), []
         for line in answer.iter_lines():
             if line.startswith("data:"):
