@@ -12,18 +12,19 @@ from typing import Any
 from mdeploy import devices
 from mdeploy.errors import UsageError
 from mdeploy.paths import expand
+from mdeploy.serving.info import BOUNDS, WHOLE
 from mdeploy.specs import AppRecipe, AppWish
 
-# key -> the least and the most it may be, and the class attribute of a handler that it stands for
-_NUMBERS: Mapping[str, tuple[float, float, str]] = {
-    "workers_per_gpu": (1, 256, "workers_per_device"),
-    "batch": (1, 100_000, "max_batch_size"),
-    "batch_cost": (1e-9, 1e18, "max_batch_cost"),
-    "max_wait_ms": (0, 60_000, "max_wait_ms"),
-    "timeout": (0.001, 86_400, "timeout"),
-    "queue": (1, 1_000_000, "queue_size"),
+# key -> the class attribute of a handler that it stands for
+_NUMBERS: Mapping[str, str] = {
+    "workers_per_gpu": "workers_per_device",
+    "batch": "max_batch_size",
+    "batch_cost": "max_batch_cost",
+    "max_wait_ms": "max_wait_ms",
+    "timeout": "timeout",
+    "queue": "queue_size",
 }
-_WHOLE = ("workers_per_gpu", "batch", "queue")
+_BOUNDS = {**BOUNDS, "max_batch_cost": (1e-9, 1e18)}
 _TEXTS = ("name", "path")
 _OF_ONE_HANDLER = (*_TEXTS, *_NUMBERS)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+")
@@ -71,10 +72,18 @@ def gpus_of(text: str) -> Any:
 
 
 def size_of(text: str) -> int:
-    """`64MiB`, `10MB`, `512k` or a plain number as bytes. Raises UsageError."""
+    """The same as `bytes_of`. Raises UsageError for what is no size."""
+    found = bytes_of(text)
+    if found is None:
+        raise UsageError(f"{text!r} is no size", hint="bytes, or a size like 64MiB")
+    return found
+
+
+def bytes_of(text: str) -> int | None:
+    """`64MiB`, `10MB`, `512k` or a plain number as bytes; None for what is no size."""
     match = _SIZE.fullmatch(text.strip())
     if not match:
-        raise UsageError(f"{text!r} is no size", hint="bytes, or a size like 64MiB")
+        return None
     base = 1000 if match[2] and match[3].upper() == "B" else 1024
     return int(match[1]) * int(base ** " KMGT".index(match[2].upper() or " "))
 
@@ -122,13 +131,14 @@ def _no_origin(text: str) -> str:
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, (least, most, _) in _NUMBERS.items():
+    for name, attribute in _NUMBERS.items():
         value = values.get(name)
         if value is None:
             continue
-        kind = (int,) if name in _WHOLE else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kind):
-            yield name, f"must be a {'whole ' if name in _WHOLE else ''}number, not {value!r}"
+        least, most = _BOUNDS[attribute]
+        is_whole = attribute in WHOLE
+        if isinstance(value, bool) or not isinstance(value, (int,) if is_whole else (int, float)):
+            yield name, f"must be a {'whole ' if is_whole else ''}number, not {value!r}"
         elif not least <= value <= most:
             yield name, f"must be from {least:g} to {most:g}, not {value:g}"
 
@@ -142,6 +152,5 @@ def check(wish: AppWish) -> None:
 
 def overrides(wish: AppWish) -> dict[str, dict[str, Any]]:
     """`config` in the words of handler classes."""
-    names = {name: attribute for name, (_, _, attribute) in _NUMBERS.items()}
     config = wish.config or {}
-    return {handler: {names.get(key, key): value for key, value in keys.items()} for handler, keys in config.items()}
+    return {handler: {_NUMBERS.get(key, key): value for key, value in keys.items()} for handler, keys in config.items()}

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from mdeploy.fleet.document import Document, KeyPath, Mistake, as_json
 from mdeploy.specs import AppWish, RestartPolicy
+from mdeploy.wishes import bytes_of
 
 VERSION = 1
 
@@ -243,14 +244,6 @@ def _seconds(text: str) -> float | None:
     return sum(size * part for size, part in zip((3600, 60, 1), parts, strict=True)) if parts else None
 
 
-def _bytes(text: str) -> int | None:
-    match = re.fullmatch(r"([0-9]{1,15}) *([KMGT]?)(i?B|)", text.strip(), re.IGNORECASE)
-    if not match:
-        return None
-    base = 1000 if match[2] and match[3].upper() == "B" else 1024
-    return int(match[1]) * int(base ** " KMGT".index(match[2].upper() or " "))
-
-
 def _model(value: Any) -> Any:
     return {"id": value} if isinstance(value, str) else value
 
@@ -278,8 +271,8 @@ _SHORT_FORMS: Mapping[str, Callable[[Any], Any]] = {
 _CONVERTED: Mapping[str, Callable[[str], Any]] = {
     "ready_timeout": _seconds,
     "drain": _seconds,
-    "log_bytes": _bytes,
-    "max_body": _bytes,
+    "log_bytes": bytes_of,
+    "max_body": bytes_of,
     "timeout": _seconds,
 }
 _TEXTS = frozenset(

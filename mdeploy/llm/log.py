@@ -7,9 +7,9 @@ the last. The patterns were checked against the version engines/install.py insta
 from __future__ import annotations
 
 import re
-import signal
 from collections.abc import Sequence
 
+from mdeploy.endings import ending
 from mdeploy.errors import ExitCode
 from mdeploy.specs import Diagnosis
 
@@ -95,7 +95,7 @@ def explain(lines: Sequence[str], status: int, was_ready: bool) -> Diagnosis:
                 return Diagnosis(f"{meaning}: {_message(line)}", hint, code, stays and not was_ready)
     first = _first_error(clean)
     if was_ready or status < 0 or not first:
-        ended = _ending(status)
+        ended = ending(status)
         cause = f"the engine {ended} without being asked" + (f": {first}" if first else "")
         return Diagnosis(cause, "mdeploy logs NAME", ExitCode.FAILURE)
     # A refused value stays refused; a driver or a network that is not there yet may come.
@@ -115,12 +115,3 @@ def _message(line: str) -> str:
     match = _ERROR.search(line)
     found = match and (match["value"] or match["text"] or match["cli"])
     return (found or line).strip()[:400]
-
-
-def _ending(status: int) -> str:
-    if status >= 0:
-        return f"ended with status {status}"
-    try:
-        return f"was killed by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was killed by signal {-status}"

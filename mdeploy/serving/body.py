@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl
 
 from mdeploy.serving.exchange import ClientLeftError, Exchange
 from mdeploy.serving.handler import Buffer, File, HTTPError
+from mdeploy.serving.options import DEFAULT_BODY_BYTES
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartParser
@@ -31,7 +32,7 @@ class Limits:
     `held_bytes` is for the bodies of all requests together.
     """
 
-    body_bytes: int = 64 << 20
+    body_bytes: int = DEFAULT_BODY_BYTES
     body_timeout_s: float = 30.0
     held_bytes: int = 2 << 30
     parts: int = 1000

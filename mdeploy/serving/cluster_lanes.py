@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mdeploy.serving.backend import Observer
-from mdeploy.serving.calls import Batch, Call
+from mdeploy.serving.calls import Batch
 from mdeploy.serving.cluster_replica import Done
-from mdeploy.serving.dispatch import Dispatcher
-from mdeploy.serving.handler import Request
+from mdeploy.serving.dispatch import Dispatched, Dispatcher
 from mdeploy.serving.info import HandlerInfo, Reply, WorkerState
 from mdeploy.serving.runner import Answered, Chunk, Event
 
@@ -147,11 +146,11 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
-class ClusterBackend:
+class ClusterBackend(Dispatched):
     """All replicas of one handler (a Backend)."""
 
     def __init__(self, info: HandlerInfo, handle: Any, observer: Observer, say: Say, *, on_gpu: bool) -> None:
-        self._dispatch, self._handle = Dispatcher(info, observer), handle
+        self._dispatcher, self._handle = Dispatcher(info, observer), handle
         self._observer, self._say = observer, say
         self._kind = "gpu" if on_gpu else "cpu"
         self._lanes: dict[str, ReplicaLane] = {}
@@ -160,30 +159,6 @@ class ClusterBackend:
         self.generation = 1
 
     # Backend
-
-    @property
-    def info(self) -> HandlerInfo:
-        """What the handler says of itself."""
-        return self._dispatch.info
-
-    @property
-    def queued(self) -> int:
-        """Requests that wait."""
-        return self._dispatch.queued
-
-    @property
-    def in_flight(self) -> int:
-        """Requests that replicas have."""
-        return self._dispatch.in_flight
-
-    @property
-    def answered_at(self) -> float:
-        """time.monotonic() of the last good answer; 0.0 before the first."""
-        return self._dispatch.answered_at
-
-    def submit(self, request: Request, gone: Callable[[], bool], cost: float = 0.0) -> Call:
-        """Queue a request. Raises OverloadedError."""
-        return self._dispatch.submit(request, gone, cost)
 
     def workers(self) -> tuple[WorkerState, ...]:
         """Every replica there is."""

@@ -250,5 +250,41 @@ class Dispatcher:
         self._soon()
 
 
+class Dispatched:
+    """What of a Backend its dispatcher answers; whoever makes the dispatcher puts it into `_dispatcher`."""
+
+    _dispatcher: Dispatcher | None = None
+
+    @property
+    def _dispatch(self) -> Dispatcher:
+        if self._dispatcher is None:
+            raise RuntimeError("nothing has started yet")
+        return self._dispatcher
+
+    @property
+    def info(self) -> HandlerInfo:
+        """What the handler says of itself; known once it has started."""
+        return self._dispatch.info
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait."""
+        return self._dispatch.queued
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that workers have."""
+        return self._dispatch.in_flight
+
+    @property
+    def answered_at(self) -> float:
+        """time.monotonic() of the last good answer; 0.0 before the first."""
+        return self._dispatch.answered_at
+
+    def submit(self, request: Request, gone: Callable[[], bool], cost: float = 0.0) -> Call:
+        """Queue a request. Raises OverloadedError."""
+        return self._dispatch.submit(request, gone, cost)
+
+
 def _of(lane: Lane, number: int) -> Batch:
     return next(batch for batch in lane.outstanding if batch.number == number)

@@ -31,6 +31,7 @@ from mdeploy.serving.handler import HTTPError, Request
 from mdeploy.serving.health import Extra, Finding, Readiness, health
 from mdeploy.serving.info import HandlerInfo, Reply
 from mdeploy.serving.metrics import MEDIA_TYPE, Metrics
+from mdeploy.serving.options import DEFAULT_BODY_BYTES
 
 _log = logging.getLogger("mdeploy.serving")
 
@@ -48,7 +49,7 @@ class EdgeOptions:
     `index` is the page at `/`; without one, `/` leads to the documentation.
     """
 
-    max_body_bytes: int = 64 << 20
+    max_body_bytes: int = DEFAULT_BODY_BYTES
     max_held_bytes: int = 2 << 30
     body_timeout_s: float = 30.0
     cors: tuple[str, ...] = ()

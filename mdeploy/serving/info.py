@@ -8,6 +8,17 @@ from typing import Any, Literal
 
 from mdeploy.serving.handler import Buffer, Request, sendable
 
+BOUNDS: Mapping[str, tuple[float, float]] = {
+    "max_batch_size": (1, 100_000),
+    "max_wait_ms": (0, 60_000),
+    "timeout": (0.001, 86_400),
+    "queue_size": (1, 1_000_000),
+    "workers_per_device": (1, 256),
+}
+"""The least and the most a number of a handler may be, whoever sets it: the class, a recipe or the command line."""
+
+WHOLE = ("max_batch_size", "queue_size", "workers_per_device")
+
 
 @dataclass(frozen=True, slots=True)
 class HandlerInfo:

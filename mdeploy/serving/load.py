@@ -17,20 +17,12 @@ from types import ModuleType
 from typing import Any
 
 from mdeploy.serving.handler import STREAMED_AS, Handler, Request
-from mdeploy.serving.info import HandlerInfo
+from mdeploy.serving.info import BOUNDS, WHOLE, HandlerInfo
 
 OWN_PATHS = ("/", "/health", "/ready", "/metrics", "/docs", "/redoc", "/openapi.json")
 """What the edge answers itself."""
 
-_NUMBERS = {
-    "max_batch_size": (1, 100_000),
-    "max_wait_ms": (0, 60_000),
-    "timeout": (0.001, 86_400),
-    "queue_size": (1, 1_000_000),
-    "workers_per_device": (1, 256),
-}
-_WHOLE = ("max_batch_size", "queue_size", "workers_per_device")
-_OVERRIDES = (*_NUMBERS, "max_batch_cost", "name", "path")
+_OVERRIDES = (*BOUNDS, "max_batch_cost", "name", "path")
 
 
 class LoadError(Exception):
@@ -128,7 +120,7 @@ def describe(
         raise LoadError(f"{cls.__name__}: unknown option {', '.join(unknown)}")
     name = values["name"] or cls.__name__.lower()
     batched = cls.inference is Handler.inference
-    numbers = {key: _number(cls, key, values[key]) for key in _NUMBERS}
+    numbers = {key: _number(cls, key, values[key]) for key in BOUNDS}
     return HandlerInfo(
         name=name,
         path=_path(cls, values["path"] or f"/{name}"),
@@ -148,10 +140,10 @@ def describe(
 
 
 def _number(cls: type[Handler], key: str, value: Any) -> Any:
-    low, high = _NUMBERS[key]
-    kinds = (int,) if key in _WHOLE else (int, float)
+    low, high = BOUNDS[key]
+    kinds = (int,) if key in WHOLE else (int, float)
     if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
-        kind = "a whole number" if key in _WHOLE else "a number"
+        kind = "a whole number" if key in WHOLE else "a number"
         raise LoadError(f"{cls.__name__}.{key} = {value!r}: {kind} from {low} to {high}")
     return value
 

@@ -8,10 +8,10 @@ where they have to look.
 from __future__ import annotations
 
 import re
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+from mdeploy.endings import ending
 from mdeploy.errors import ExitCode
 from mdeploy.specs import Diagnosis
 
@@ -53,7 +53,7 @@ def explain(lines: Sequence[str], status: int, was_ready: bool) -> Diagnosis:
     said = next((line for line in reversed(lines) if line.startswith(_ERROR)), "").removeprefix(_ERROR)
     cause = said or _raised(lines)
     if was_ready or status <= 0 or not cause:
-        text = f"the app {_ending(status)} without being asked" + (f": {cause}" if cause else "")
+        text = f"the app {ending(status)} without being asked" + (f": {cause}" if cause else "")
         return Diagnosis(text, "mdeploy logs NAME", ExitCode.FAILURE)
     where = "" if said else _place(lines)  # what the app says has its place in it
     text = f"the app did not start: {cause}" + (f" ({where})" if where else "")
@@ -75,12 +75,3 @@ def _place(lines: Sequence[str]) -> str:
     frames = [match for match in map(_FRAME.match, lines) if match]
     theirs = [match for match in frames if not match["file"].startswith((_PACKAGE, "<"))]
     return f"{theirs[-1]['file']}:{theirs[-1]['line']}" if theirs else ""
-
-
-def _ending(status: int) -> str:
-    if status >= 0:
-        return f"ended with status {status}"
-    try:
-        return f"was killed by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was killed by signal {-status}"

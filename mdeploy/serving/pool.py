@@ -12,9 +12,7 @@ from typing import Any
 
 from mdeploy.serving import answers
 from mdeploy.serving.backend import Observer
-from mdeploy.serving.calls import Call
-from mdeploy.serving.dispatch import Dispatcher
-from mdeploy.serving.handler import Request
+from mdeploy.serving.dispatch import Dispatched, Dispatcher
 from mdeploy.serving.info import HandlerInfo, WorkerState
 from mdeploy.serving.process import StartError, WorkerProcess
 from mdeploy.serving.worker import Job
@@ -70,7 +68,7 @@ class _Slot:
     keeper: asyncio.Task[None] | None = None
 
 
-class Pool:
+class Pool(Dispatched):
     """All workers of one handler (a Backend)."""
 
     def __init__(self, options: PoolOptions, observer: Observer, say: Say) -> None:
@@ -84,44 +82,13 @@ class Pool:
         self._retirements: set[asyncio.Task[None]] = set()
         self._closing = False
         self._ticker: asyncio.TimerHandle | None = None
-        self._dispatcher: Dispatcher | None = None
         self.broken: asyncio.Future[str] = self._loop.create_future()
 
     # Backend
 
-    @property
-    def info(self) -> HandlerInfo:
-        """What the handler says of itself; known once the pool has started."""
-        return self._dispatch.info
-
-    @property
-    def queued(self) -> int:
-        """Requests that wait."""
-        return self._dispatch.queued
-
-    @property
-    def in_flight(self) -> int:
-        """Requests that workers have."""
-        return self._dispatch.in_flight
-
-    @property
-    def answered_at(self) -> float:
-        """time.monotonic() of the last good answer; 0.0 before the first."""
-        return self._dispatch.answered_at
-
-    def submit(self, request: Request, gone: Callable[[], bool], cost: float = 0.0) -> Call:
-        """Queue a request. Raises OverloadedError."""
-        return self._dispatch.submit(request, gone, cost)
-
     def workers(self) -> tuple[WorkerState, ...]:
         """Every worker there is."""
         return tuple(worker.state() for worker in (*(slot.worker for slot in self._slots), *self._retiring))
-
-    @property
-    def _dispatch(self) -> Dispatcher:
-        if self._dispatcher is None:
-            raise RuntimeError("the pool has not started")
-        return self._dispatcher
 
     # start
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from mdeploy.endings import ending
 from mdeploy.serving import answers, wire
 from mdeploy.serving.calls import Batch
 from mdeploy.serving.info import HandlerInfo, Reply, WorkerState
@@ -252,7 +253,7 @@ class WorkerProcess:
             _close(fd)
         self._unsent.clear()
         self.accepts = False
-        how = _ending(status)
+        how = ending(status)
         self._fail_start(self.killed_for or f"it {how} before it was ready")
         self.gone.set_result(self.killed_for or how)
 
@@ -298,15 +299,6 @@ def _is_stopped(pid: int) -> bool:
     return text.rpartition(")")[2].split()[0] == "T"
 
 
-def _ending(status: int) -> str:
-    if status >= 0:
-        return f"ended with status {status}"
-    try:
-        return f"was killed by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was killed by signal {-status}"
-
-
 def _close(fd: int | None) -> None:
     if fd is not None:
         os.close(fd)
@@ -322,7 +314,7 @@ async def list_handlers(python: str, spec: str, paths: tuple[str, ...], env: Map
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise StartError(f"{python} {_ending(status)} while it imported {spec}") from error
+        raise StartError(f"{python} {ending(status)} while it imported {spec}") from error
     if "error" in found:
         raise StartError(found["error"])
     return tuple(found["handlers"])
