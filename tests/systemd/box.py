@@ -78,7 +78,8 @@ class Box:
         return self.ok(sys.executable, "-c", code, *words, PYTHONPATH=str(REPO))
 
     def prepare(self) -> None:
-        """Stand-in engine, tiny model, two users, short pauses."""
+        """Stand-in engine, tiny model, two users, short pauses; nothing of what this machine has installed for root."""
+        self.ok("rm", "-rf", HOME)
         self.python(_PREPARE)
         for user in ("alice", "bob"):
             self.ok("useradd", "--create-home", user)
