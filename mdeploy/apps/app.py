@@ -16,8 +16,9 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mdeploy.errors import ConfigError, ExitCode, MdeployError
 from mdeploy.serving import load
@@ -29,6 +30,9 @@ from mdeploy.serving.options import AppOptions
 from mdeploy.serving.pool import Pool, PoolOptions, open_environment
 from mdeploy.serving.process import StartError, list_handlers
 
+if TYPE_CHECKING:
+    from mdeploy.serving.edge import MakeFront
+
 _OVERRIDES = ("workers_per_device", "max_batch_size", "max_batch_cost", "max_wait_ms", "timeout", "queue_size")
 
 
@@ -38,11 +42,30 @@ def say(text: str) -> None:
         print(f"mdeploy-app: {text}", file=sys.stderr, flush=True)
 
 
-def main(options: AppOptions) -> int:
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the workers of one handler run; None leaves it to the options of the service. `env` is for them alone."""
+
+    spec: str
+    devices: tuple[str, ...] | None = None
+    workers_per_device: int | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What one of our own apps is made of: its handlers, what clients see in front of them, and its page."""
+
+    places: tuple[Place, ...]
+    front: MakeFront
+    index: Path | None = None
+
+
+def main(options: AppOptions, kind: Kind | None = None) -> int:
     """Serve until told to end; returns the exit status. Raises MdeployError where it cannot start."""
     import uvloop
 
-    return uvloop.run(App(options).run())
+    return uvloop.run(App(options, kind).run())
 
 
 class Workers(Protocol):
@@ -62,10 +85,10 @@ class Workers(Protocol):
 
 
 class App:
-    """One service while it runs."""
+    """One service while it runs: a user's handlers, or an app of our own."""
 
-    def __init__(self, options: AppOptions) -> None:
-        self._options = options
+    def __init__(self, options: AppOptions, kind: Kind | None = None) -> None:
+        self._options, self._kind = options, kind
         self._metrics = Metrics()
         file = os.environ.get(KEYS_VARIABLE)
         self._keys = Keys(Path(file) if file else None)
@@ -117,7 +140,7 @@ class App:
             from mdeploy.serving import cluster
 
             return await cluster.connect(self._options, self._metrics, say)
-        pools = LocalPools(self._options, self._metrics)
+        pools = LocalPools(self._options, self._metrics, self._kind.places if self._kind else ())
         try:
             await pools.start()
         except StartError as error:
@@ -148,16 +171,22 @@ class App:
         """Answer until we are told to end and what is in flight is answered."""
         from mdeploy.serving import edge, httpd
 
-        options = self._options
+        options, kind = self._options, self._kind
         at_edge = edge.EdgeOptions(
             max_body_bytes=options.max_body_bytes,
             cors=options.cors,
             access_log=options.access_log,
-            index=_index(backend.info for backend in workers.backends.values()),
+            index=kind.index if kind else _index(backend.info for backend in workers.backends.values()),
         )
         extra = lambda: {"rolling": self.rolling}  # noqa: E731 one value, of this moment
         app = edge.create_app(
-            workers.backends, at_edge, self._keys, self._metrics, title=options.service, health_extra=extra
+            workers.backends,
+            at_edge,
+            self._keys,
+            self._metrics,
+            title=options.service,
+            health_extra=extra,
+            front=kind.front if kind else None,
         )
         await httpd.serve(app, sock, httpd.ServerOptions(drain_s=options.drain_s), self._stopping)
 
@@ -223,19 +252,19 @@ class App:
 
 
 class LocalPools:
-    """A pool of worker processes for each handler."""
+    """A pool of worker processes for each handler: those of `places`, else those that the options name."""
 
-    def __init__(self, options: AppOptions, metrics: Metrics) -> None:
-        self._options, self._metrics = options, metrics
+    def __init__(self, options: AppOptions, metrics: Metrics, places: tuple[Place, ...] = ()) -> None:
+        self._options, self._metrics, self._places = options, metrics, places
         self._pools: tuple[Pool, ...] = ()
         self.backends: Mapping[str, Backend] = {}
         self.broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def start(self) -> None:
         """Start them all, at once. Raises StartError or ConfigError, with nothing left running."""
-        specs = await self._specs()
-        say(f"starting {len(specs)} handler{'s' * (len(specs) > 1)} on {', '.join(self._options.devices)}")
-        self._pools = tuple(Pool(self._pool_options(spec, len(specs)), self._metrics, say) for spec in specs)
+        places = self._places or tuple(map(Place, await self._specs()))
+        say(f"starting {len(places)} handler{'s' * (len(places) > 1)} on {', '.join(self._options.devices)}")
+        self._pools = tuple(Pool(self._pool_options(place, len(places)), self._metrics, say) for place in places)
         starts = [asyncio.create_task(pool.start()) for pool in self._pools]
         try:
             await asyncio.gather(*starts)
@@ -269,22 +298,26 @@ class LocalPools:
     def _python(self) -> str:
         return self._options.python or sys.executable
 
-    def _pool_options(self, spec: str, handlers: int) -> PoolOptions:
+    def _pool_options(self, place: Place, handlers: int) -> PoolOptions:
         options = self._options
+        devices = place.devices or options.devices
         overrides = {name: getattr(options, name) for name in _OVERRIDES if getattr(options, name) is not None}
-        workers = handlers * len(options.devices) * (options.workers_per_device or 1)
+        if place.workers_per_device is not None:
+            overrides["workers_per_device"] = place.workers_per_device
+        workers = handlers * len(devices) * (overrides.get("workers_per_device") or 1)
 
         def adopt(info: HandlerInfo) -> HandlerInfo:
             return load.with_service(info, options.service) if handlers == 1 else info
 
         return PoolOptions(
-            spec,
+            place.spec,
             self._python,
             options.paths,
-            options.devices,
+            devices,
             overrides,
             options.config,
             threads=max(1, len(os.sched_getaffinity(0)) // workers),
+            env=place.env,
             adopt=adopt,
         )
 

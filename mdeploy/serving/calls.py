@@ -170,12 +170,16 @@ class Batch:
 
 
 class Queue:
-    """Calls that wait for a worker, bounded. Those nobody waits for any more are dropped when they are met."""
+    """Calls that wait for a worker, bounded; `cost` is what they sum up to.
+
+    Those nobody waits for any more are dropped when they are met.
+    """
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._calls: collections.deque[Call] = collections.deque()
         self._alone: collections.deque[Call] = collections.deque()
+        self.cost = 0.0
 
     def __len__(self) -> int:
         return len(self._calls) + len(self._alone)
@@ -197,11 +201,13 @@ class Queue:
             if len(self) >= self._size:
                 return False
         self._calls.append(call)
+        self.cost += call.cost
         return True
 
     def push_back(self, calls: list[Call]) -> None:
         """Calls that were taken and not worked on go back to the front, in their order; there is always room."""
         self._calls.extendleft(reversed(calls))
+        self.cost += sum(call.cost for call in calls)
 
     def push_alone(self, call: Call) -> None:
         """A call that may have killed its worker: it goes next, and with nobody else."""
@@ -210,6 +216,7 @@ class Queue:
     def sweep(self) -> None:
         """Drop what nobody waits for."""
         self._calls = collections.deque(call for call in self._calls if not _is_dead(call))
+        self.cost = sum(call.cost for call in self._calls)
 
     def take(self, most: int, most_cost: float | None) -> list[Call]:
         """The next batch: at most so many calls, and so much cost (one call alone may cost more)."""
@@ -222,19 +229,29 @@ class Queue:
         while self._calls and len(taken) < most:
             call = self._calls[0]
             if _is_dead(call):
-                self._calls.popleft()
+                self._pop()
                 continue
             cost += call.cost
             if taken and most_cost is not None and cost > most_cost:
                 break
-            taken.append(self._calls.popleft())
+            taken.append(self._pop())
         return taken
+
+    def _pop(self) -> Call:
+        call = self._calls.popleft()
+        self.cost = self.cost - call.cost if self._calls else 0.0  # no rounding is carried on
+        return call
+
+    def fills(self, batches: int, most: int, most_cost: float | None) -> bool:
+        """Whether what waits is enough for so many full batches."""
+        return len(self) >= most * batches or (most_cost is not None and self.cost >= most_cost * batches)
 
     def drain(self) -> list[Call]:
         """Everything, for an end."""
         calls = [*self._alone, *self._calls]
         self._alone.clear()
         self._calls.clear()
+        self.cost = 0.0
         return calls
 
 

@@ -164,7 +164,7 @@ class Dispatcher:
         """The worker that was idle for longest; None where a fuller batch is better a little later."""
         lane = min(idle, key=lambda each: each.freed_at)
         oldest = self._queue.oldest
-        if oldest is None or self._queue.has_alone or len(self._queue) >= self.info.max_batch_size * len(idle):
+        if oldest is None or self._queue.has_alone or self._fills(len(idle)):
             return lane
         due = oldest + self.info.max_wait_ms / 1000
         if len(self._queue) < round(self._usual_size):
@@ -175,6 +175,9 @@ class Dispatcher:
             self._linger = self._loop.call_at(due, self._lingered)
         return None
 
+    def _fills(self, batches: int) -> bool:
+        return self._queue.fills(batches, self.info.max_batch_size, self.info.max_batch_cost)
+
     def _lingered(self) -> None:
         self._linger = None
         self._share_out()
@@ -182,7 +185,7 @@ class Dispatcher:
     def _next_but_one(self) -> Lane | None:
         """A busy worker that may have a second batch: a full one, while there is one for each that has none."""
         hungry = [lane for lane in self._lanes if lane.accepts and len(lane.outstanding) < _OUTSTANDING]
-        if not hungry or self._queue.has_alone or len(self._queue) < self.info.max_batch_size * len(hungry):
+        if not hungry or self._queue.has_alone or not self._fills(len(hungry)):
             return None
         return min(hungry, key=lambda lane: lane.outstanding[0].sent_at)  # the first that will be through
 

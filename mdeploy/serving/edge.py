@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,21 @@ class Route:
         return ", ".join(sorted({*self.methods, "OPTIONS"}))
 
 
+@dataclass(frozen=True, slots=True)
+class Front:
+    """What a service of ours shows in place of one path for each handler.
+
+    `paths` describes the routes as OpenAPI has it. `health` adds to the document of /health.
+    """
+
+    routes: Mapping[str, Route]
+    paths: Mapping[str, Any] = field(default_factory=dict)
+    health: Extra | None = None
+
+
+MakeFront = Callable[["Service", Mapping[str, Backend]], Front]
+
+
 def create_app(
     backends: Mapping[str, Backend],
     options: EdgeOptions,
@@ -79,14 +94,16 @@ def create_app(
     *,
     title: str,
     health_extra: Extra | None = None,
+    front: MakeFront | None = None,
     **fastapi: Any,
 ) -> Service:
     """The application. `health_extra` adds to the document of /health; `fastapi` goes to FastAPI.
 
+    With a `front`, handlers are reached through its routes only.
     Raises ConfigError where handlers claim the same path, or one of ours.
     """
     app = Service(title, options, keys, metrics, fastapi)
-    app.bind(backends, health_extra)
+    app.bind(backends, health_extra, front)
     return app
 
 
@@ -102,21 +119,26 @@ class Service(FastAPI):
         self._access_log = AccessLog() if options.access_log else None
         self._cors = _cors(options.cors)
         self._infos: tuple[HandlerInfo, ...] = ()
+        self._front: Front | None = None
         self._table: dict[str, Route] = {}
         openapi.add_docs(self)
         pages.add_index(self, options.index)
         pages.add_error_handlers(self)
 
-    def bind(self, backends: Mapping[str, Backend], health_extra: Extra | None = None) -> None:
+    def bind(
+        self, backends: Mapping[str, Backend], health_extra: Extra | None = None, make_front: MakeFront | None = None
+    ) -> None:
         """Answer for these handlers. Raises ConfigError for paths that clash."""
         readiness = Readiness(backends)
+        front = self._front = make_front(self, backends) if make_front else None
+        extras = [extra for extra in (health_extra, front and front.health) if extra]
         both = frozenset({"GET", "HEAD", "POST"})
 
         async def ready(exchange: Exchange) -> None:
             await _send_finding(exchange, await readiness.ready())
 
         async def live(exchange: Exchange) -> None:
-            await _send_finding(exchange, health(backends, health_extra))
+            await _send_finding(exchange, health(backends, lambda: {k: v for one in extras for k, v in one().items()}))
 
         async def figures(exchange: Exchange) -> None:
             await exchange.whole(200, MEDIA_TYPE, self._metrics.text())
@@ -126,9 +148,12 @@ class Service(FastAPI):
             "/ready": Route(both, ready, is_quiet=True),
             "/metrics": Route(frozenset({"GET", "HEAD"}), figures, is_quiet=True),
         }
-        for name in backends:
-            self._add_handler(name, backends)
-        self._infos = tuple(backend.info for backend in backends.values())
+        if front is not None:
+            self._table.update(front.routes)
+        else:
+            for name in backends:
+                self._add_handler(name, backends)
+            self._infos = tuple(backend.info for backend in backends.values())
         self._metrics.watch(backends)
         self.openapi_schema = None
 
@@ -148,7 +173,9 @@ class Service(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """The document of every route and handler."""
         if self.openapi_schema is None:
-            self.openapi_schema = openapi.describe(super().openapi(), self._infos, has_keys=self._keys.required)
+            paths = self._front.paths if self._front else {}
+            document = super().openapi()
+            self.openapi_schema = openapi.describe(document, self._infos, paths, has_keys=self._keys.required)
         return self.openapi_schema
 
     # the layer around everything
@@ -279,11 +306,17 @@ class Service(FastAPI):
                 )
             )
 
+    # for routes of a front
+
+    async def read(self, exchange: Exchange) -> Content:
+        """The body of a request, every limit held while reading. Raises HTTPError, ClientLeftError."""
+        return await self._bodies.read(exchange) if exchange.has_body else _EMPTY
+
     # handlers
 
     async def _infer(self, exchange: Exchange, name: str, backend: Backend) -> None:
         exchange.handler = name
-        content = await self._bodies.read(exchange) if exchange.has_body else _EMPTY
+        content = await self.read(exchange)
         scope = exchange.scope
         headers = scope["headers"]
         if self._keys.required:

@@ -148,7 +148,7 @@ class Exchange:
         headers = encoded(error.headers.items())
         if self.has_body and not self.body_is_here:
             headers.append((b"connection", b"close"))
-        body = problem.document(error.status, error.message, error.code or "")
+        body = problem.document(error.status, error.message, error.code or "", error.param)
         await self.whole(error.status, "application/json", body, headers)
 
     async def begin(self, status: int, media_type: str, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:

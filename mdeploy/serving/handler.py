@@ -50,15 +50,25 @@ def sendable(buffer: Buffer) -> bytes | pickle.PickleBuffer:
 
 
 class HTTPError(Exception):
-    """The answer to a request is an error with this status (400 to 599); the message goes to the client."""
+    """The answer to a request is an error with this status (400 to 599); the message goes to the client.
+
+    `param` names the part of the request that is wrong.
+    """
 
     def __init__(
-        self, status: int, message: str, *, code: str | None = None, headers: Mapping[str, str] | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         if not 400 <= status <= 599:
             raise ValueError(f"status {status}: an error is 400 to 599")
         super().__init__(message)
-        self.status, self.message, self.code, self.headers = status, message, code, dict(headers or {})
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = dict(headers or {})
 
 
 class Params(dict[str, str]):
@@ -275,8 +285,8 @@ class Handler:
     max_batch_size: ClassVar[int] = 1
     """Items that `forward` gets at once, at most."""
 
-    max_batch_cost: ClassVar[float | None] = None
-    """Sum of `cost` over a batch, at most; an item that costs more goes alone."""
+    max_batch_cost: float | None = None
+    """Sum of `cost` over a batch, at most; an item that costs more goes alone. `init` may set what it measured."""
 
     max_wait_ms: ClassVar[float] = 0
     """How long an idle worker waits for a fuller batch. Under load batches fill by themselves."""
@@ -304,6 +314,9 @@ class Handler:
 
     responses: ClassVar[Mapping[int, str]] = {}
     """Further statuses it answers with, for /docs: {404: "no such voice"}."""
+
+    facts: Mapping[str, Any] = {}
+    """What `init` found out about device and model, for /health; plain values."""
 
     streamed_as: ClassVar[Literal["sse", "raw"]] = "sse"
     """How the values of a generator reach the client: server-sent events, or bytes as they come."""

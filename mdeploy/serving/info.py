@@ -25,6 +25,7 @@ class HandlerInfo:
     """One handler with its defaults and overrides applied. Schemas are JSON Schema, times as named.
 
     `source` is the file its class is in. `example` is a request ready to be asked. `aliases` are further paths.
+    `facts` are known once a worker is ready.
     """
 
     name: str
@@ -45,6 +46,7 @@ class HandlerInfo:
     streams: bool = False
     doc: str = ""
     source: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -221,6 +221,14 @@ def _source(cls: type[Handler]) -> str:
         return ""
 
 
+def measured(info: HandlerInfo, handler: Handler) -> HandlerInfo:
+    """The same with what `init` found out; a limit that somebody has set from outside stays. Raises LoadError."""
+    cost = info.max_batch_cost
+    if "max_batch_cost" in vars(handler) and cost == type(handler).max_batch_cost:
+        cost = _cost(type(handler), handler.max_batch_cost)
+    return dataclasses.replace(info, max_batch_cost=cost, facts=dict(handler.facts))
+
+
 def with_service(info: HandlerInfo, service: str) -> HandlerInfo:
     """The only handler of a service answers under the service's name too."""
     alias = f"/{service}"

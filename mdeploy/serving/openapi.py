@@ -101,9 +101,12 @@ def is_page(path: str) -> bool:
     return path in PAGES or path.startswith(ASSETS + "/")
 
 
-def describe(document: dict[str, Any], infos: Iterable[HandlerInfo], *, has_keys: bool) -> dict[str, Any]:
-    """Add handlers, our own endpoints and errors to what FastAPI wrote."""
+def describe(
+    document: dict[str, Any], infos: Iterable[HandlerInfo], others: Mapping[str, Any], *, has_keys: bool
+) -> dict[str, Any]:
+    """Add handlers, `others` (paths that are described already), our own endpoints and errors to what FastAPI wrote."""
     paths = document.setdefault("paths", {})
+    paths.update(copy.deepcopy(dict(others)))
     components = document.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
     schemas["Error"] = _ERROR

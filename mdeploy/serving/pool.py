@@ -44,7 +44,8 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 class PoolOptions:
     """What the workers of one handler are. `devices` are GPU indices or `cpu`; `threads` are those of one worker.
 
-    `overrides` win over the class's attributes, `config` (by handler name) over both.
+    `env` is added to their environment. `overrides` win over the class's attributes, `config` (by handler name) over
+    both.
     """
 
     spec: str
@@ -54,6 +55,7 @@ class PoolOptions:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     threads: int | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
     adopt: Callable[[HandlerInfo], HandlerInfo] = lambda info: info
 
 
@@ -107,6 +109,7 @@ class Pool(Dispatched):
         except BaseException:
             await self._kill_all()
             raise
+        self._learn(*(slot.worker.ready.result() for slot in self._slots))
         self._start_limit_s = max(_START_S, _START_FACTOR * (self._loop.time() - begun))
         for slot in self._slots:
             self._admit(slot.worker)
@@ -129,11 +132,17 @@ class Pool(Dispatched):
 
     def _environment(self, device: str) -> dict[str, str]:
         """Ours, with one GPU or none, its share of the cores, and no secrets of the edge."""
-        env = open_environment()
+        env = {**open_environment(), **self._options.env}
         env["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device
         if self._options.threads:
             env.update({name: env.get(name, str(self._options.threads)) for name in _THREADS})
         return env
+
+    def _learn(self, *infos: HandlerInfo) -> None:
+        """What workers measured when they loaded their model: a batch has to suit the smallest of them."""
+        costs = [info.max_batch_cost for info in infos if info.max_batch_cost is not None]
+        cost = min(costs, default=None)
+        self._dispatch.info = dataclasses.replace(self.info, max_batch_cost=cost, facts=infos[0].facts)
 
     def _admit(self, worker: WorkerProcess) -> None:
         worker.listener = self._dispatch
@@ -223,7 +232,7 @@ class Pool(Dispatched):
         except BaseException:
             await _killed(fresh)
             raise
-        self._adopt(self._options.adopt(fresh.described.result()))
+        self._adopt(self._options.adopt(fresh.ready.result()))
         old, slot.worker = slot.worker, fresh
         self._admit(fresh)
         self._watch(slot)

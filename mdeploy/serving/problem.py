@@ -34,10 +34,10 @@ _CODES = {
 }
 
 
-def document(status: int, message: str, code: str = "") -> bytes:
+def document(status: int, message: str, code: str = "", param: str | None = None) -> bytes:
     """The JSON body of an error. `code` is one of its own where the status says too little."""
     kind = _TYPES.get(status) or ("invalid_request_error" if status < 500 else "server_error")
-    error = {"message": message, "type": kind, "param": None, "code": code or _CODES.get(status, kind)}
+    error = {"message": message, "type": kind, "param": param, "code": code or _CODES.get(status, kind)}
     return json.dumps({"error": error}, ensure_ascii=False).encode("utf-8", "replace")
 
 

@@ -62,7 +62,7 @@ class WorkerProcess:
         self.accepts = False
         self.freed_at = 0.0
         self.described: asyncio.Future[HandlerInfo] = self._loop.create_future()
-        self.ready: asyncio.Future[None] = self._loop.create_future()
+        self.ready: asyncio.Future[HandlerInfo] = self._loop.create_future()
         self.gone: asyncio.Future[str] = self._loop.create_future()
         self.listener: Listener | None = None
         self.killed_for = ""
@@ -223,7 +223,7 @@ class WorkerProcess:
             return
         future: asyncio.Future[Any] = self.described if kind == "info" else self.ready
         if not future.done():  # whoever waited for it may have been cancelled
-            future.set_result(rest[0] if rest else None)
+            future.set_result(rest[0])
 
     def _fail_start(self, text: str) -> None:
         for future in (self.described, self.ready):

@@ -45,9 +45,9 @@ class Job:
 
 
 # edge -> worker: ("batch", number, [Request, …]) · ("cancel", number, index) · ("end",)
-# worker -> edge: ("info", HandlerInfo) · ("ready",) · ("failed", text) · ("replies", number, [(index, Reply), …])
-#                 ("chunk", number, index, bytes, Reply | None) · ("closed", number, index, Reply | None)
-#                 ("done", number, seconds, gpu_bytes, last replies)
+# worker -> edge: ("info", HandlerInfo) · ("ready", HandlerInfo) · ("failed", text)
+#                 ("replies", number, [(index, Reply), …]) · ("closed", number, index, Reply | None)
+#                 ("chunk", number, index, bytes, Reply | None) · ("done", number, seconds, gpu_bytes, last replies)
 
 
 def main(fd: int, parent: int, job: Job) -> int:
@@ -83,10 +83,11 @@ def _prepare(sock: socket.socket, job: Job) -> tuple[Runner, Handler]:
     wire.send(sock, ("info", info))
     handler = cls()
     handler.init(job.device)
+    info = load.measured(info, handler)
     runner = Runner(handler, info)
     if info.example is not None:
         warm_up(runner, info)
-    wire.send(sock, ("ready",))
+    wire.send(sock, ("ready", info))
     return runner, handler
 
 

@@ -17,7 +17,7 @@ BODY = {
 
 
 def _described(*infos: HandlerInfo) -> dict[str, Any]:
-    return openapi.describe({"openapi": "3.1.0"}, infos, has_keys=False)
+    return openapi.describe({"openapi": "3.1.0"}, infos, {}, has_keys=False)
 
 
 def test_definitions_of_two_handlers_do_not_meet() -> None:
