@@ -90,6 +90,13 @@ def engines_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def torch_python(engines_home: Path) -> Path:
+    """A user's own interpreter, with torch and transformers and without mdeploy: that of the real vLLM."""
+    engines = support.mdeploy("engines", "ls", "--json", MDEPLOY_HOME=str(engines_home)).json["engines"]
+    return Path(str(engines[0]["python"]))
+
+
 @pytest.fixture
 def real_engine(home: Path, engines_home: Path) -> Path:
     """The real vLLM in this test's own home; returns its interpreter."""

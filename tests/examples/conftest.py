@@ -10,15 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import support
 from tests.examples import served, tiny_onnx
-
-
-@pytest.fixture(scope="session")
-def torch_python(engines_home: Path) -> Path:
-    """A user's own interpreter, with torch and transformers and without mdeploy: that of the real vLLM."""
-    engines = support.mdeploy("engines", "ls", "--json", MDEPLOY_HOME=str(engines_home)).json["engines"]
-    return Path(str(engines[0]["python"]))
 
 
 @pytest.fixture(scope="session")
