@@ -19,7 +19,6 @@ import pytest
 from tests.support import DEMO_MODEL, copy_model, free_port, listens, mdeploy, processes_with, ps, running, until
 
 pytestmark = [
-    pytest.mark.alone,
     pytest.mark.engine,
     pytest.mark.usefixtures("real_engine"),
     pytest.mark.timeout(600),
