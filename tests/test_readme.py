@@ -14,8 +14,6 @@ import pytest
 
 from tests.support import DEMO_MODEL, REPO, copy_model, listens, processes_with, running, tiny_model, until
 
-pytestmark = pytest.mark.alone
-
 DEFAULT = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 
 
@@ -96,6 +94,7 @@ def test_the_file_of_services_and_its_commands(tmp_path: Path) -> None:
     assert outputs[2] == "chat: unchanged (ready)\ntools: unchanged (ready)\n"
 
 
+@pytest.mark.network
 @pytest.mark.engine
 @pytest.mark.timeout(900)
 def test_quickstart_from_a_fresh_clone_twice(tmp_path: Path, home: Path) -> None:

@@ -82,8 +82,8 @@ class RemoteBackend:
             for worker in self._fleet.of(self.info.name)
         )
 
-    def submit(self, request: Request, gone: Callable[[], bool]) -> RemoteCall:
-        """Send a request on its way. Raises OverloadedError where no worker can take it."""
+    def submit(self, request: Request, gone: Callable[[], bool], cost: float = 0.0) -> RemoteCall:
+        """Send a request on its way; its cost is for the worker to find out. Raises OverloadedError without one."""
         able = [worker for worker in self._fleet.of(self.info.name) if worker.is_up]
         if not able:
             raise OverloadedError(2.0, f"no worker of {self.info.name} is there at the moment")

@@ -63,10 +63,11 @@ class Backend(Protocol):
     def answered_at(self) -> float:
         """time.monotonic() of the last answer a model gave; 0.0 before the first."""
 
-    def submit(self, request: Request, gone: Callable[[], bool]) -> Call:
+    def submit(self, request: Request, gone: Callable[[], bool], cost: float = 0.0) -> Call:
         """Take a request in. Raises OverloadedError.
 
-        `gone` tells that the client left: the request is dropped before a model sees it.
+        `gone` tells that the client left: the request is dropped before a model sees it. `cost` counts against the
+        handler's max_batch_cost, where it is known here already.
         """
 
     def workers(self) -> tuple[WorkerState, ...]:

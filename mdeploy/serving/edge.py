@@ -114,7 +114,7 @@ class Service(FastAPI):
         self, title: str, options: EdgeOptions, keys: Keys, metrics: Metrics, fastapi: Mapping[str, Any]
     ) -> None:
         super().__init__(title=title, openapi_url=None, docs_url=None, redoc_url=None, **fastapi)
-        self._options, self._keys, self._metrics = options, keys, metrics
+        self._options, self._keys, self.metrics = options, keys, metrics
         self._bodies = Bodies(Limits(options.max_body_bytes, options.body_timeout_s, options.max_held_bytes))
         self._access_log = AccessLog() if options.access_log else None
         self._cors = _cors(options.cors)
@@ -141,7 +141,7 @@ class Service(FastAPI):
             await _send_finding(exchange, health(backends, lambda: {k: v for one in extras for k, v in one().items()}))
 
         async def figures(exchange: Exchange) -> None:
-            await exchange.whole(200, MEDIA_TYPE, self._metrics.text())
+            await exchange.whole(200, MEDIA_TYPE, self.metrics.text())
 
         self._table = {
             "/health": Route(both, live, is_quiet=True),
@@ -154,7 +154,7 @@ class Service(FastAPI):
             for name in backends:
                 self._add_handler(name, backends)
             self._infos = tuple(backend.info for backend in backends.values())
-        self._metrics.watch(backends)
+        self.metrics.watch(backends)
         self.openapi_schema = None
 
     def _add_handler(self, name: str, backends: Mapping[str, Backend]) -> None:
@@ -284,7 +284,7 @@ class Service(FastAPI):
         if exchange.status in (0, LEFT) or (not exchange.complete and exchange.gone()):
             exchange.status = LEFT
         seconds = time.perf_counter() - exchange.started
-        self._metrics.request(exchange.handler, exchange.method, exchange.status, seconds)
+        self.metrics.request(exchange.handler, exchange.method, exchange.status, seconds)
         log = self._access_log
         if log is None:
             return
@@ -350,7 +350,7 @@ class Service(FastAPI):
         is_sse = reply.media_type.startswith("text/event-stream")
         headers = encoded(reply.headers)
         await exchange.begin(reply.status, reply.media_type, [*_SSE_HEADERS, *headers] if is_sse else headers)
-        await exchange.stream(call.chunks, is_sse=is_sse, step=lambda: self._metrics.chunk(name))
+        await exchange.stream(call.chunks, is_sse=is_sse, step=lambda: self.metrics.chunk(name))
 
 
 def submit(request: HTTPRequest, name: str, backend: Backend, work: Request) -> Call:

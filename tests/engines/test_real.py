@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.alone
+@pytest.mark.network
 @pytest.mark.timeout(1500)
 def test_our_own_command_installs_it(torch_python: Path) -> None:
     found = subprocess.run(

@@ -106,7 +106,7 @@ def test_bad_versions_are_refused_before_anything_is_made(home: Path) -> None:
         install.install(home, "cpu", "abc", print)
 
 
-@pytest.mark.alone
+@pytest.mark.network
 def test_an_impossible_version_tells_every_reason(home: Path) -> None:
     result = mdeploy("engines", "install", "vllm", "--variant", "cpu", "--version", "0.0.1", timeout=300)
     assert result.code == 69
