@@ -31,7 +31,7 @@ from mdeploy.serving.pool import Pool, PoolOptions, open_environment
 from mdeploy.serving.process import StartError, list_handlers
 
 if TYPE_CHECKING:
-    from mdeploy.serving.edge import MakeFront
+    from mdeploy.serving.edge import MakeFront, Service
 
 _OVERRIDES = ("workers_per_device", "max_batch_size", "max_batch_cost", "max_wait_ms", "timeout", "queue_size")
 
@@ -148,7 +148,11 @@ class App:
         return pools
 
     async def _serve(self, sock: socket.socket, workers: Workers) -> int:
-        server = asyncio.create_task(self._listen(sock, workers))
+        from mdeploy.serving import httpd
+
+        app = self._edge(workers)
+        server_options = httpd.ServerOptions(drain_s=self._options.drain_s)
+        server = asyncio.create_task(httpd.serve(app, sock, server_options, self._stopping))
         gc.collect()
         gc.freeze()  # what is there now stays: the collector need not look at it again
         say(f"listening on {self._options.host}:{self._options.port}")
@@ -167,9 +171,9 @@ class App:
         await server
         return ExitCode.FAILURE
 
-    async def _listen(self, sock: socket.socket, workers: Workers) -> None:
-        """Answer until we are told to end and what is in flight is answered."""
-        from mdeploy.serving import edge, httpd
+    def _edge(self, workers: Workers) -> Service:
+        """What answers for the workers. Raises ConfigError."""
+        from mdeploy.serving import edge
 
         options, kind = self._options, self._kind
         at_edge = edge.EdgeOptions(
@@ -179,7 +183,7 @@ class App:
             index=kind.index if kind else _index(backend.info for backend in workers.backends.values()),
         )
         extra = lambda: {"rolling": self.rolling}  # noqa: E731 one value, of this moment
-        app = edge.create_app(
+        return edge.create_app(
             workers.backends,
             at_edge,
             self._keys,
@@ -188,7 +192,6 @@ class App:
             health_extra=extra,
             front=kind.front if kind else None,
         )
-        await httpd.serve(app, sock, httpd.ServerOptions(drain_s=options.drain_s), self._stopping)
 
     # while it runs
 

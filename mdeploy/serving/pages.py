@@ -58,7 +58,7 @@ def add_error_handlers(app: FastAPI) -> None:
     async def ours(request: Any, error: Exception) -> Response:
         known = problem.known(error)
         assert known is not None
-        return _response(known.status, str(known), known.code or "", known.headers)
+        return _response(known.status, str(known), known.code or "", known.headers, known.param)
 
     async def invalid(request: Any, error: Any) -> Response:
         wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
@@ -74,6 +74,8 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, internal)
 
 
-def _response(status: int, message: str, code: str = "", headers: Mapping[str, str] | None = None) -> Response:
-    body = problem.document(status, message, code)
+def _response(
+    status: int, message: str, code: str = "", headers: Mapping[str, str] | None = None, param: str | None = None
+) -> Response:
+    body = problem.document(status, message, code, param)
     return Response(body, status, headers, media_type="application/json")
