@@ -121,9 +121,12 @@ class Supervisor:
         def reload(number: int, frame: FrameType | None) -> None:
             self.reload()
 
-        hang_up = stop if self._manager == "foreground" else reload
+        has_terminal = self._manager == "foreground"
+        hang_up = stop if has_terminal else reload
         for number, handler in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, hang_up)):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup asked to outlive the terminal
+            # nohup asks to outlive a terminal; without one a hang-up comes from `mdeploy keys`
+            is_ours = number == signal.SIGHUP and not has_terminal
+            if is_ours or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, handler)
 
     def _is_wanted(self, previous: ServiceRecord | None) -> bool:

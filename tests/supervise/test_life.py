@@ -261,7 +261,11 @@ def test_a_stopped_supervisor_can_be_told_to_stop(home: Path, model: Path) -> No
     assert processes_with(f"MDEPLOY_HOME={home}") == []
 
 
-def test_hang_up_reloads_where_the_engine_can(home: Path, model: Path, tmp_path: Path) -> None:
+def test_hang_up_reloads_where_the_engine_can(
+    home: Path, model: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as below nohup: a service of ours heeds it all the same
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
     note = tmp_path / "reloaded"
     assert _serve(model, FAKE_VLLM_RELOADED=str(note)).code == 0
     os.kill(_state(home)["pid"], signal.SIGHUP)
