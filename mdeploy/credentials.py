@@ -23,7 +23,7 @@ from mdeploy.settings import Settings
 from mdeploy.supervise import state
 from mdeploy.supervise.secrets import first_key
 
-_VARIABLES = {"llm": "VLLM_API_KEY"}
+_VLLM_VARIABLE = "VLLM_API_KEY"
 _FILE_VARIABLE = "MDEPLOY_API_KEYS_FILE"
 """Where our own apps find the name of the file, which may hold several keys."""
 
@@ -59,14 +59,14 @@ def key_file(paths: Paths, name: str) -> Path:
     return paths.secrets / f"{name}.api-key"
 
 
-def variable(kind: str) -> str:
-    """The environment variable by which a service of this kind gets its key, or the name of its file of keys."""
-    return _VARIABLES.get(kind, _FILE_VARIABLE)
+def variable(*, of_vllm: bool) -> str:
+    """The environment variable by which vLLM gets its key, or an app of ours the name of its file of keys."""
+    return _VLLM_VARIABLE if of_vllm else _FILE_VARIABLE
 
 
-def secrets_of(paths: Paths, name: str, kind: str) -> dict[str, str]:
+def secrets_of(paths: Paths, name: str, *, of_vllm: bool) -> dict[str, str]:
     """`ServiceSpec.secrets` of a service that asks for its key."""
-    return {variable(kind): str(key_file(paths, name))}
+    return {variable(of_vllm=of_vllm): str(key_file(paths, name))}
 
 
 def kept(paths: Paths, name: str) -> Key | None:

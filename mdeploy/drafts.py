@@ -1,7 +1,7 @@
 """What is the same for services of every kind before they have a spec: their terms, and a draft with a place to fill.
 
-A draft holds all that is quick to look up and quick to refuse. What an engine or an app adds is in prepare_llm
-and prepare_app.
+A draft holds all that is quick to look up and quick to refuse. What an engine or an app adds is in prepare_llm,
+prepare_app and prepare_embed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mdeploy import credentials, gpus
+from mdeploy.apps.embed.checkpoint import Checkpoint
 from mdeploy.credentials import Key
 from mdeploy.errors import ConfigError, UsageError
 from mdeploy.reservations import Neighbours
@@ -51,10 +52,14 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Where a model lies (None where a service needs none), and what its checkpoint says of itself."""
+    """Where a model lies (None where a service needs none), and what its checkpoint says of itself.
+
+    `facts` are those of a language model, `checkpoint` of an embedding model.
+    """
 
     directory: Path | None
     facts: ModelFacts | None = None
+    checkpoint: Checkpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)

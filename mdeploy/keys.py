@@ -166,7 +166,7 @@ def _setup(settings: Settings, name: str) -> _Setup:
 
 
 def _variable(spec: ServiceSpec) -> str:
-    return spec.probe.bearer or credentials.variable(spec.kind)
+    return spec.probe.bearer or credentials.variable(of_vllm=spec.is_vllm)
 
 
 def _file(settings: Settings, spec: ServiceSpec) -> Path:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mdeploy import credentials, dispatch, prepare_app, prepare_llm, reservations, weights
+from mdeploy import credentials, dispatch, prepare_app, prepare_embed, prepare_llm, reservations, weights
 from mdeploy.credentials import Key
 from mdeploy.drafts import Draft, Weights
 from mdeploy.errors import MdeployError
 from mdeploy.paths import Paths
 from mdeploy.prepare_app import AppRequest
+from mdeploy.prepare_embed import EmbedRequest
 from mdeploy.prepare_llm import LlmRequest
 from mdeploy.reservations import Neighbours
 from mdeploy.settings import Settings
@@ -25,7 +26,7 @@ from mdeploy.supervise.state import ServiceFiles
 if TYPE_CHECKING:
     from mdeploy.hub.client import Progress
 
-Request = LlmRequest | AppRequest
+Request = LlmRequest | AppRequest | EmbedRequest
 
 
 def prepare(settings: Settings, request: Request, *, dry_run: bool, progress: Progress | None, say: Say) -> ServiceSpec:
@@ -55,6 +56,8 @@ def draft(settings: Settings, request: Request) -> Draft:
     """Look everything up that needs no download. Raises what is wrong with the request."""
     if isinstance(request, LlmRequest):
         return prepare_llm.draft(settings, request)
+    if isinstance(request, EmbedRequest):
+        return prepare_embed.draft(settings, request)
     return prepare_app.draft(settings, request)
 
 

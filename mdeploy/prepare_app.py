@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from mdeploy import credentials, devices, drafts, recipes, resolve, wishes
 from mdeploy.drafts import Draft, Terms, Weights
@@ -22,7 +23,7 @@ from mdeploy.serving.source import Interpreter, Source
 from mdeploy.settings import Settings
 from mdeploy.specs import AppRecipe, AppWish, GpuPlan, Probe, ServiceSpec, fingerprint
 
-_DRAIN_SHARE = 0.9
+DRAIN_SHARE = 0.9
 """Of the time a stop leaves it; the rest is for workers to close their models in."""
 
 _NO_GPU = "nvidia-smi lists no GPU that may be used"
@@ -67,27 +68,12 @@ class AppDraft(Draft):
         """See `Draft`. A machine without GPUs runs it on the CPU."""
         if self.request.cluster is not None:
             return None
-        gpus, count = self.request.wish.gpus, self.request.wish.gpu_count
-        if gpus == "none":
-            return _on_cpu("as wished: on the CPU")
-        named = isinstance(gpus, tuple)
-        present = drafts.allowed_gpus(named=named)
-        if not present and gpus is None and count is None:
-            return _on_cpu(f"{_NO_GPU}: on the CPU")
-        if isinstance(gpus, tuple):
-            devices.check_present(present, gpus)
-            return _on_gpus(gpus, devices.as_wished(gpus, others.gpus), named=True)
-        wanted = len(present) if gpus == "all" else count or 1
-        if not present or wanted > len(present):
-            text = f"{wanted} GPUs needed, this machine has {len(present)}" if present else _NO_GPU
-            raise DoesNotFitError(text, hint="--gpus none runs it on the CPU")
-        chosen, why = devices.choose(present, wanted, others.gpus, before)
-        return _on_gpus(chosen, why, named=False)
+        return on_devices(self.request.wish.gpus, self.request.wish.gpu_count, others, before)
 
     def spec(self, settings: Settings, weights: Weights, plan: GpuPlan | None, port: int) -> ServiceSpec:
         """See `Draft`."""
         terms = self.terms
-        secrets = credentials.secrets_of(settings.paths, self.name, "app") if self.key else {}
+        secrets = credentials.secrets_of(settings.paths, self.name, of_vllm=False) if self.key else {}
         bearer = next(iter(secrets), None)
         shown = ", ".join(one.shown for one in self.found.sources)
         return ServiceSpec(
@@ -141,11 +127,37 @@ class AppDraft(Draft):
             queue_size=wish.queue,
             max_body_bytes=wish.max_body or DEFAULT_BODY_BYTES,
             cors=wish.cors or (),
-            drain_s=round(_DRAIN_SHARE * self.terms.limits.stop_timeout_s, 3),
+            drain_s=round(DRAIN_SHARE * self.terms.limits.stop_timeout_s, 3),
             reload=self.request.reload,
             config=wishes.overrides(wish),
             cluster=self.request.cluster,
         )
+
+
+def on_devices(
+    wished: tuple[int, ...] | Literal["all", "none"] | None,
+    count: int | None,
+    others: Neighbours,
+    before: tuple[int, ...],
+) -> GpuPlan:
+    """A plan for the devices wished for (`gpus` and `gpu_count` of AppWish), else for the freest GPU, else the CPU.
+
+    Raises DoesNotFitError for GPUs that are not there, or that others have.
+    """
+    if wished == "none":
+        return _on_cpu("as wished: on the CPU")
+    present = drafts.allowed_gpus(named=isinstance(wished, tuple))
+    if not present and wished is None and count is None:
+        return _on_cpu(f"{_NO_GPU}: on the CPU")
+    if isinstance(wished, tuple):
+        devices.check_present(present, wished)
+        return _on_gpus(wished, devices.as_wished(wished, others.gpus), named=True)
+    wanted = len(present) if wished == "all" else count or 1
+    if not present or wanted > len(present):
+        text = f"{wanted} GPUs needed, this machine has {len(present)}" if present else _NO_GPU
+        raise DoesNotFitError(text, hint="--gpus none runs it on the CPU")
+    chosen, why = devices.choose(present, wanted, others.gpus, before)
+    return _on_gpus(chosen, why, named=False)
 
 
 def _on_cpu(why: str) -> GpuPlan:
@@ -186,9 +198,9 @@ def _in_cluster(cluster: ClusterOptions, model: Model | None, env: Mapping[str, 
     return dataclasses.replace(cluster, model=named, variables=",".join(sorted(env)))
 
 
-def check_installed() -> None:
-    """Raise ConfigError where our own environment lacks what serves apps."""
-    missing = [name for name in _MODULES if importlib.util.find_spec(name) is None]
+def check_installed(more: Sequence[str] = ()) -> None:
+    """Raise ConfigError where our own environment lacks what serves apps, or `more` modules."""
+    missing = [name for name in (*_MODULES, *more) if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"to serve apps mdeploy lacks {', '.join(missing)}", hint="pip install 'mdeploy[serve]'")
 

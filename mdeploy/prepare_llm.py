@@ -14,7 +14,7 @@ from mdeploy.llm import command, facts, plan
 from mdeploy.reservations import Neighbours
 from mdeploy.resolve import Model, Wanted
 from mdeploy.settings import Settings
-from mdeploy.specs import Engine, GpuPlan, LlmOptions, ModelFacts, Probe, ServiceSpec, fingerprint
+from mdeploy.specs import Engine, GpuPlan, LlmOptions, ModelFacts, Probe, Recipe, ServiceSpec, fingerprint
 
 _UNKNOWN_FACTS = ModelFacts("unknown", "auto", 0, None, None, None, None, None, chat_template=False)
 
@@ -46,7 +46,8 @@ class LlmDraft(Draft):
 
     def plan(self, weights: Weights, others: Neighbours, before: tuple[int, ...]) -> GpuPlan:
         """See `Draft`."""
-        known, recipe = weights.facts or _UNKNOWN_FACTS, self.model.recipe
+        known = weights.facts or _UNKNOWN_FACTS
+        recipe = self.model.recipe if isinstance(self.model.recipe, Recipe) else None
         if self.engine.variant == "cuda":
             allowed = drafts.allowed_gpus(named=bool(self.wish.gpus))
             return plan.plan_cuda(known, self.wish, recipe, allowed, others.gpus, before)
@@ -65,7 +66,7 @@ class LlmDraft(Draft):
         drain_s = terms.limits.stop_timeout_s
         body = {"model": name, "prompt": "Hi", "max_tokens": 1, "temperature": 0}
         recipe_env = self.model.recipe.env if self.model.recipe else {}
-        secrets = credentials.secrets_of(settings.paths, name, "llm") if self.key else {}
+        secrets = credentials.secrets_of(settings.paths, name, of_vllm=True) if self.key else {}
         return ServiceSpec(
             name=name,
             kind="llm",

@@ -4,15 +4,20 @@ before the shipped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mdeploy.errors import ConfigError, NotFoundError
 from mdeploy.paths import Paths
-from mdeploy.specs import AppRecipe, Recipe
+from mdeploy.specs import AppRecipe, EmbedRecipe, ModelRecipe, Recipe
 
 DEFAULT_LLM = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+DEFAULT_EMBED = "Qwen/Qwen3-Embedding-4B"
+DEFAULT_GME = "iic/gme-Qwen2-VL-2B-Instruct"
+
+LLM = ("llm",)
+EMBEDDING = ("embed", "gme")
 
 
 def directories(paths: Paths, cwd: Path) -> tuple[Path, ...]:
@@ -22,23 +27,25 @@ def directories(paths: Paths, cwd: Path) -> tuple[Path, ...]:
     return (cwd / "recipes", paths.home / "recipes", shipped)
 
 
-def find(model: str, where: tuple[Path, ...]) -> Recipe | None:
-    """The recipe of a model id, or of a bare model name; None where nobody wrote one."""
-    path = _search(model, where)
-    found = _read(path, "") if path else None
-    return found if isinstance(found, Recipe) else None
+def find(model: str, where: tuple[Path, ...], kinds: Collection[str] = LLM) -> ModelRecipe | None:
+    """The recipe of a model id, or of a bare model name, of one of these kinds; None where nobody wrote one."""
+    for path in _named(model, where):
+        found = _read(path, "")
+        if not isinstance(found, AppRecipe) and found.kind in kinds:
+            return found
+    return None
 
 
 def find_app(name: str, where: tuple[Path, ...]) -> Path | None:
     """The file of an app's recipe by its name: `org/name` is org/name.yaml or org/name/recipe.yaml."""
-    return _search(name, where)
+    return next(_named(name, where), None)
 
 
-def load(path: Path) -> Recipe:
+def load(path: Path, kinds: Collection[str] = LLM) -> ModelRecipe:
     """Read a model's recipe. Raises ConfigError that names the file and every key that is wrong."""
-    found = _read(path, "mdeploy serve llm MODEL needs none")
-    if not isinstance(found, Recipe):
-        raise ConfigError(f"recipe {path} is of kind app", hint=f"mdeploy serve app {path}")
+    found = _read(path, f"mdeploy serve {next(iter(kinds))} MODEL needs none")
+    if isinstance(found, AppRecipe) or found.kind not in kinds:
+        raise ConfigError(f"recipe {path} is of kind {found.kind}", hint=f"mdeploy serve {found.kind} {path}")
     return found
 
 
@@ -50,11 +57,19 @@ def load_app(path: Path) -> AppRecipe:
     return found
 
 
-def _search(name: str, where: tuple[Path, ...]) -> Path | None:
+def golden(model: str, where: tuple[Path, ...]) -> Path | None:
+    """The file with vectors that a model is known to give, where its recipe names one. Raises as `load` does."""
+    for path in _named(model, where):
+        found = _read(path, "")
+        if isinstance(found, EmbedRecipe) and found.golden:
+            return path.parent / found.golden
+    return None
+
+
+def _named(name: str, where: tuple[Path, ...]) -> Iterator[Path]:
     for identity, path in _files(where):
         if name.lower() in (identity.lower(), identity.lower().rpartition("/")[2]):
-            return path
-    return None
+            yield path
 
 
 def _files(where: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:
@@ -64,7 +79,7 @@ def _files(where: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:
             yield f"{path.parent.parent.name}/{path.parent.name}", path
 
 
-def _read(path: Path, without: str) -> Recipe | AppRecipe:
+def _read(path: Path, without: str) -> ModelRecipe | AppRecipe:
     import yaml
     from pydantic import ValidationError
 
@@ -81,12 +96,15 @@ def _read(path: Path, without: str) -> Recipe | AppRecipe:
         ) from error
 
 
-def _parsed(data: Any) -> Recipe | AppRecipe:
+_CLASSES: Mapping[str, type] = {"app": AppRecipe, "embed": EmbedRecipe, "gme": EmbedRecipe}
+
+
+def _parsed(data: Any) -> ModelRecipe | AppRecipe:
     from pydantic import ConfigDict, TypeAdapter, with_config
 
-    kind = AppRecipe if isinstance(data, dict) and data.get("kind") == "app" else Recipe
-    strict: Any = with_config(ConfigDict(extra="forbid"))(kind)
-    found: Recipe | AppRecipe = TypeAdapter(strict).validate_python(data)
+    kind = data.get("kind") if isinstance(data, dict) else None
+    strict: Any = with_config(ConfigDict(extra="forbid"))(_CLASSES.get(str(kind), Recipe))
+    found: ModelRecipe | AppRecipe = TypeAdapter(strict).validate_python(data)
     return found
 
 

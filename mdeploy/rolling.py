@@ -42,7 +42,7 @@ class _Seen:
 
 def can(status: ServiceStatus) -> bool:
     """Whether a service replaces its workers while it serves; `unhealthy` it is also just after one has ended."""
-    if status.spec.kind != "app":
+    if status.spec.is_vllm or status.spec.kind in ("llm", "cluster"):
         return False
     return status.phase == "ready" or (status.phase == "unhealthy" and _is_live(status.spec))
 

@@ -34,7 +34,7 @@ from mdeploy.supervise.world import Machine
 from mdeploy.systemd import manager as units
 
 _APP_WORDS = Words(app_log.progress, app_log.explain)
-_WORDS = {"llm": Words(vllm_log.progress, vllm_log.explain)}
+_VLLM_WORDS = Words(vllm_log.progress, vllm_log.explain)
 
 # engines
 
@@ -87,7 +87,7 @@ def run_service(settings: Settings, name: str, manager: Manager, *, resumed: boo
         hint = f"mdeploy restart {name}, or mdeploy uninstall-systemd {name} first"
         raise ConfigError(f"{name} is a unit, systemd runs it", hint=hint)
 
-    words = _WORDS.get(spec.kind, _APP_WORDS)
+    words = _VLLM_WORDS if spec.is_vllm else _APP_WORDS
 
     def explain(lines: Sequence[str], status: int, was_ready: bool) -> Diagnosis:
         found = words.explain(lines, status, was_ready)

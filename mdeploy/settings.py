@@ -7,7 +7,7 @@ when they exist, and their parsers only imported then: `mdeploy ps` must stay qu
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +86,26 @@ def load(
         )
         values[name] = next((Setting(v, origin) for v, origin in layers if v), Setting(None, "unset"))
     return Settings(values)
+
+
+def named(names: Iterable[str], env: Mapping[str, str] | None = None, cwd: Path | None = None) -> dict[str, Setting]:
+    """Variables that are no settings of ours, by name, from the environment, else from .env; those that are set.
+
+    Raises ConfigError for a .env that cannot be read.
+    """
+    env = os.environ if env is None else env
+    dotenv = _read_dotenv((cwd or Path.cwd()) / ".env")
+    found: dict[str, Setting] = {}
+    for name in names:
+        if env.get(name) or dotenv.get(name):
+            found[name] = Setting(env.get(name) or dotenv[name], "environment" if env.get(name) else ".env")
+    return found
+
+
+def tuning(prefixes: tuple[str, ...], env: Mapping[str, str] | None = None, cwd: Path | None = None) -> dict[str, str]:
+    """Variables whose names begin so, from .env and the environment, which wins."""
+    both = {**_read_dotenv((cwd or Path.cwd()) / ".env"), **(os.environ if env is None else env)}
+    return {name: value for name, value in sorted(both.items()) if name.startswith(prefixes)}
 
 
 def _defaults(env: Mapping[str, str]) -> dict[str, str]:

@@ -133,6 +133,35 @@ class AppWish:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbedWish:
+    """What the user asked of an embedding service; None leaves it to the recipe, then to the model.
+
+    `gpus`, `gpu_count` and units are as in AppWish, `args` are vLLM's. What goes with which backend is in wishes.py.
+    """
+
+    backend: str | None = None
+    gpus: tuple[int, ...] | Literal["all", "none"] | None = None
+    gpu_count: int | None = None
+    dtype: str | None = None
+    max_length: int | None = None
+    workers_per_gpu: int | None = None
+    dimensions: int | None = None
+    batch_tokens: int | None = None
+    attention: str | None = None
+    compile: bool | None = None
+    truncate: bool | None = None
+    token_ids: str | None = None
+    instruction: str | None = None
+    timeout: float | None = None
+    max_body: int | None = None
+    cors: tuple[str, ...] | None = None
+    python: str | None = None
+    tp: int | None = None
+    engine: str | None = None
+    args: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GpuPlan:
     """Where and how large an engine runs; `reasons` says why, one sentence each.
 
@@ -164,6 +193,37 @@ class Recipe:
     gpu_memory_utilization: float | None = None
     args: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedRecipe:
+    """Defaults for one embedding model or reranker, named as in EmbedWish; `golden` is a file with vectors of it."""
+
+    kind: Literal["embed", "gme"]
+    model: str
+    revision: str = "master"
+    description: str = ""
+    env: Mapping[str, str] = field(default_factory=dict)
+    backend: Literal["mdeploy", "vllm"] | None = None
+    gpus: str | int | tuple[int, ...] | None = None
+    dtype: str | None = None
+    max_length: int | None = None
+    workers_per_gpu: int | None = None
+    dimensions: int | None = None
+    batch_tokens: int | None = None
+    attention: str | None = None
+    compile: bool | None = None
+    truncate: bool | None = None
+    token_ids: str | None = None
+    instruction: str | None = None
+    timeout: float | None = None
+    max_body: str | int | None = None
+    cors: str | tuple[str, ...] = ()
+    args: tuple[str, ...] = ()
+    golden: str | None = None
+
+
+ModelRecipe = Recipe | EmbedRecipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +317,11 @@ class ServiceSpec:
     def url(self) -> str:
         """Base URL a client on this machine uses; a wildcard address is reached by loopback."""
         return f"http://{_client_host(self.host)}:{self.port}"
+
+    @property
+    def is_vllm(self) -> bool:
+        """Whether vLLM itself answers clients; otherwise an edge of ours does."""
+        return "vllm.entrypoints.cli.main" in self.argv
 
 
 def _client_host(host: str) -> str:

@@ -32,8 +32,9 @@ def download(
 
 def directory_of(settings: Settings, model: Model) -> Path:
     """Where a model is, or would be once it is downloaded."""
-    if model.directory is not None:
-        return model.directory
+    named = model.directory or model.local_dir
+    if named is not None:
+        return named
     from mdeploy.hub import store
 
     assert model.ref is not None
@@ -44,13 +45,13 @@ def directory_of(settings: Settings, model: Model) -> Path:
 def fetched(settings: Settings, model: Model, *, dry_run: bool, progress: Progress | None, say: Say) -> Path:
     """Where a model is, downloaded if it was not there; with `dry_run` that is only said."""
     directory, ref = directory_of(settings, model), model.ref
-    if model.directory is not None or ref is None or _is_here(settings, ref):
+    if model.directory is not None or ref is None or (model.local_dir is None and _is_here(settings, ref)):
         return directory
     if dry_run:
         say(f"{ref} is not downloaded yet; a real run would fetch it first")
         return directory
     say(f"{ref} is not here yet: downloading")
-    return Path(download(settings, ref, progress=progress).path)
+    return Path(download(settings, ref, local_dir=model.local_dir, progress=progress).path)
 
 
 def _is_here(settings: Settings, ref: ModelRef) -> bool:

@@ -1,4 +1,6 @@
-"""What a user wishes of an app, whoever says it (command line, recipe, mdeploy.yaml): joined, checked, handed on."""
+"""What a user wishes of an app or of an embedding service, whoever says it (command line, recipe, mdeploy.yaml):
+joined, checked, handed on.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,13 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mdeploy import devices
 from mdeploy.errors import UsageError
 from mdeploy.paths import expand
 from mdeploy.serving.info import BOUNDS, WHOLE
-from mdeploy.specs import AppRecipe, AppWish
+from mdeploy.specs import AppRecipe, AppWish, EmbedRecipe, EmbedWish
 
 # key -> the class attribute of a handler that it stands for
 _NUMBERS: Mapping[str, str] = {
@@ -25,20 +27,84 @@ _NUMBERS: Mapping[str, str] = {
     "queue": "queue_size",
 }
 _BOUNDS = {**BOUNDS, "max_batch_cost": (1e-9, 1e18)}
+_EMBED_NUMBERS: Mapping[str, tuple[float, float]] = {
+    "workers_per_gpu": BOUNDS["workers_per_device"],
+    "timeout": BOUNDS["timeout"],
+    "dimensions": (1, 65536),
+    "batch_tokens": (16, 1 << 22),
+    "max_length": (8, 1 << 22),
+    "max_body": (1, 1 << 50),
+}
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "backend": ("mdeploy", "vllm"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "attention": ("auto", "packed", "padded"),
+    "token_ids": ("reject", "model"),
+}
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+OF_VLLM = ("tp", "engine", "args")
+"""Keys of EmbedWish that go with the backend `vllm` alone."""
+
+OF_OURS = (
+    "workers_per_gpu",
+    "dimensions",
+    "batch_tokens",
+    "attention",
+    "compile",
+    "truncate",
+    "token_ids",
+    "instruction",
+    "timeout",
+    "max_body",
+    "cors",
+    "python",
+)
+"""Keys of EmbedWish that go with our own backend alone."""
+
+_OF_MODEL_RECIPE = (
+    "backend",
+    "dtype",
+    "max_length",
+    "workers_per_gpu",
+    "dimensions",
+    "batch_tokens",
+    "attention",
+    "compile",
+    "truncate",
+    "token_ids",
+    "instruction",
+    "timeout",
+)
+Wish = TypeVar("Wish", AppWish, EmbedWish)
+
 _TEXTS = ("name", "path")
 _OF_ONE_HANDLER = (*_TEXTS, *_NUMBERS)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+")
 _SIZE = re.compile(r"([0-9]{1,15}) *([KMGT]?)(i?B|)", re.IGNORECASE)
 
 
-def joined(first: AppWish, then: AppWish) -> AppWish:
+def joined(first: Wish, then: Wish) -> Wish:
     """What the first leaves open taken from the other; `config` handler by handler."""
-    pairs = {f.name: (getattr(first, f.name), getattr(then, f.name)) for f in dataclasses.fields(AppWish)}
+    pairs = {f.name: (getattr(first, f.name), getattr(then, f.name)) for f in dataclasses.fields(first)}
     found = {name: theirs if own is None else own for name, (own, theirs) in pairs.items()}
     if first.gpus is not None or first.gpu_count is not None:
         found["gpus"], found["gpu_count"] = first.gpus, first.gpu_count
-    found["config"] = {**(then.config or {}), **(first.config or {})} or None
-    return AppWish(**found)
+    if isinstance(first, AppWish) and isinstance(then, AppWish):
+        found["config"] = {**(then.config or {}), **(first.config or {})} or None
+    return type(first)(**found)
+
+
+def of_model_recipe(recipe: EmbedRecipe) -> EmbedWish:
+    """What the recipe of an embedding model wishes. Raises UsageError for values that are none."""
+    gpus = ",".join(map(str, recipe.gpus)) if isinstance(recipe.gpus, tuple) else recipe.gpus
+    same = {name: getattr(recipe, name) for name in _OF_MODEL_RECIPE}
+    return EmbedWish(
+        **same,
+        gpus=None if gpus is None else gpus_of(str(gpus)),
+        max_body=None if recipe.max_body is None else size_of(str(recipe.max_body)),
+        cors=_several(recipe.cors) or None,
+        args=recipe.args or None,
+    )
 
 
 def of_recipe(recipe: AppRecipe, base: Path) -> AppWish:
@@ -143,9 +209,31 @@ def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, f"must be from {least:g} to {most:g}, not {value:g}"
 
 
-def check(wish: AppWish) -> None:
+def embed_problems(wish: EmbedWish) -> Iterator[tuple[str, str]]:
+    """Every key of an embedding service that cannot be as it is, and what is wrong with it."""
+    for name, (least, most) in _EMBED_NUMBERS.items():
+        value = getattr(wish, name)
+        if value is not None and not least <= value <= most:
+            yield name, f"must be from {least:.10g} to {most:.10g}, not {value:.10g}"
+    for name, known in _CHOICES.items():
+        value = getattr(wish, name)
+        if value is not None and value not in known:
+            near = [_SHORT[value]] if value in _SHORT else difflib.get_close_matches(value, known, n=1)
+            mend = f"did you mean {near[0]}?" if near and near[0] in known else f"one of {', '.join(known)}"
+            yield name, f"cannot be {value!r}: {mend}"
+    yield from (("cors", text) for text in map(_no_origin, wish.cors or ()) if text)
+
+
+def foreign_to_backend(wish: EmbedWish) -> tuple[str, ...]:
+    """Keys that are set and that the backend wished for does not have."""
+    foreign = OF_OURS if wish.backend == "vllm" else OF_VLLM
+    return tuple(name for name in foreign if getattr(wish, name) not in (None, ()))
+
+
+def check(wish: AppWish | EmbedWish) -> None:
     """Raise UsageError that lists every problem."""
-    found = [f"{name.replace('_', '-')} {text}" for name, text in problems(wish)]
+    problem = embed_problems(wish) if isinstance(wish, EmbedWish) else problems(wish)
+    found = [f"{name.replace('_', '-')} {text}" for name, text in problem]
     if found:
         raise UsageError("; ".join(found))
 

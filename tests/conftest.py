@@ -13,16 +13,19 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from tests import isolation, support
+from tests.embed.models import embed_models as embed_models  # fixtures for all
+from tests.embed.models import minilm as minilm
 from tests.fakes import nvidia_smi, vllm_env
 
-_TOGETHER = ("systemd", "examples")
+_TOGETHER = ("systemd", "examples", "gme")
 """Directories that one process of a parallel run takes whole: they boot a machine, or serve their models once."""
 
 _FOREIGN = ("MODELSCOPE_", "MDEPLOY_", "VLLM_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "OPENAI_")
 
 
-# A suite started in the background inherits an ignored SIGINT, and so would every child of ours.
+# A suite started in the background or by nohup inherits ignored signals, and so would every child of ours.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ def base(tmp_path: Path) -> Path:
     return root
 
 
-def _model(base: Path, model: str = "", **more: str) -> Model:
+def _model(base: Path, model: str = "", **more: Any) -> Model:
     return understand(Paths(base / "home"), Wanted(model, base=base, **more))
 
 

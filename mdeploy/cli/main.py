@@ -44,6 +44,8 @@ VERBS = {
     "install-systemd": "systemd",
     "uninstall-systemd": "systemd",
     "bench": "bench",
+    "embed": "embed",
+    "selftest": "selftest",
     "cluster": "cluster",
     "export": "export",
 }

@@ -70,7 +70,7 @@ def restart(
     def one(name: str) -> None:
         started.append(services.restart_service(loaded, name, Progress(), output.say, hard=hard))
         spec = started[-1].spec
-        output.say(f"{name} is ready: {spec.url}{'/v1' if spec.kind == 'llm' else ''}")
+        output.say(f"{name} is ready: {spec.url}{'' if spec.kind in ('app', 'cluster') else '/v1'}")
 
     def running() -> list[str]:
         return [s.spec.name for s in services.list_services(loaded) if s.phase != "stopped"]

@@ -1,4 +1,7 @@
-"""Dockerfiles: one for vLLM services, one for our apps. Build arguments name registries and indexes of your own."""
+"""Dockerfiles: for vLLM, for embedding services, and one for each of a user's apps.
+
+Build arguments name registries and indexes of your own.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ def contexts(work: Workload) -> dict[str, str]:
 
 def render(work: Workload, what: str) -> Rendered:
     """The Dockerfile of a workload."""
-    lines = {"vllm-cuda": _vllm_cuda, "vllm-cpu": _vllm_cpu, "app": _app}[work.image](work)
+    lines = {"vllm-cuda": _vllm_cuda, "vllm-cpu": _vllm_cpu, "app": _app, "embed": _embed}[work.image](work)
     return Rendered(name_of(work), "\n".join([f"{MARK}{what}`.", *lines, ""]))
 
 
@@ -98,6 +101,19 @@ def _app(work: Workload) -> list[str]:
         "    done",
         f"USER {USER}:{USER}",
         'ENTRYPOINT ["python3", "-m", "mdeploy.apps", "app"]',
+    ]
+
+
+def _embed(work: Workload) -> list[str]:
+    return [
+        *_python(),
+        f"COPY {WHEELS}/ /wheels/",
+        "# torch for GPUs, which also runs without; for machines without any, an index of CPU wheels is smaller.",
+        "# hadolint ignore=DL3013",
+        'RUN wheel=$(echo /wheels/mdeploy-*.whl) && pip install --no-cache-dir "${wheel}[embed]" \\',
+        f"    && install -d -m 1777 {CACHE}",
+        f"USER {USER}:{USER}",
+        'ENTRYPOINT ["python3", "-m", "mdeploy.apps"]',
     ]
 
 

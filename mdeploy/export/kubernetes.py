@@ -206,7 +206,7 @@ def _probes(work: Workload) -> dict[str, Any]:
 def _answers(work: Workload) -> dict[str, Any]:
     probe = work.probe
     seconds = int(probe.timeout_s)
-    if work.kind != "llm" and work.key is None:
+    if not probe.request_body and work.key is None:
         return {"httpGet": {"path": probe.request_path, "port": "http"}, "timeoutSeconds": seconds}
     words = question(work, probe.request_path, json.dumps(dict(probe.request_body)), seconds - 1)
     return {"exec": {"command": list(words)}, "timeoutSeconds": seconds}

@@ -24,7 +24,7 @@ from typing import Literal
 
 from mdeploy.specs import Limits, Probe, RestartPolicy
 
-Image = Literal["vllm-cuda", "vllm-cpu", "app"]
+Image = Literal["vllm-cuda", "vllm-cpu", "app", "embed"]
 
 CACHE = "/cache"
 SECRETS = "/run/secrets"

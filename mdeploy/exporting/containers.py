@@ -21,6 +21,7 @@ from mdeploy.export.workload import Key, Tree, Workload, listening, moved, place
 from mdeploy.exporting import known
 from mdeploy.paths import Paths
 from mdeploy.serving.handler import MODEL_VARIABLE
+from mdeploy.serving.options import AppOptions
 from mdeploy.settings import Settings
 from mdeploy.specs import Engine, Say, ServiceSpec
 
@@ -66,13 +67,16 @@ def workload(settings: Settings, spec: ServiceSpec, say: Say) -> Workload:
     """A service as it will be in a container. Raises what keeps it from being one."""
     known.check_kind(spec)
     key = _key(spec, say)
-    return _app(spec, key, say) if spec.kind == "app" else _llm(settings, spec, key)
+    if spec.is_vllm:
+        return _llm(settings, spec, key)
+    return _app(spec, key, say) if spec.kind == "app" else _embed(spec, key)
 
 
 def _llm(settings: Settings, spec: ServiceSpec, key: Key | None) -> Workload:
     plan = spec.plan
     if plan is None or "serve" not in spec.argv:
-        raise ConfigError(f"{spec.name} has no plan", hint=f"serve it again: mdeploy serve llm … --name {spec.name}")
+        hint = f"serve it again: mdeploy serve {spec.kind} … --name {spec.name}"
+        raise ConfigError(f"{spec.name} has no plan", hint=hint)
     engine = _engine(settings, spec)
     words = spec.argv[1:]
     model = spec.argv[spec.argv.index("serve") + 1]
@@ -119,15 +123,10 @@ def _app(spec: ServiceSpec, key: Key | None, say: Say) -> Workload:
     model = spec.env.get(MODEL_VARIABLE, "")
     named = {path for path in _data(spec, ()) if not _is_below(path, [tree.named for tree in code])}
     trees = places([(path, _real(path)) for path in named], model)
-    devices = tuple(device for device in options.devices if device != "cpu")
     inside = dataclasses.replace(
-        options,
-        host="0.0.0.0",
-        python="",
-        reload=False,
+        _inside(options),
         handlers=tuple(moved(handler, code) for handler in options.handlers),
         paths=tuple(moved(path, code) for path in options.paths),
-        devices=tuple(str(number) for number, _ in enumerate(devices)) or options.devices,
     )
     return Workload(
         name=spec.name,
@@ -139,7 +138,7 @@ def _app(spec: ServiceSpec, key: Key | None, say: Say) -> Workload:
         host=_published(spec),
         port=spec.port,
         probe=spec.probe,
-        gpus=tuple(int(device) for device in devices),
+        gpus=_gpus(options),
         trees=trees,
         code=code,
         key=key,
@@ -147,6 +146,39 @@ def _app(spec: ServiceSpec, key: Key | None, say: Say) -> Workload:
         restart=spec.restart,
         depends_on=spec.depends_on,
     )
+
+
+def _embed(spec: ServiceSpec, key: Key | None) -> Workload:
+    options = known.embed_options(spec)
+    trees = places([(path, _real(path)) for path in {options.model, *_data(spec, ())}], options.model)
+    inside = dataclasses.replace(options, app=_inside(options.app), model=moved(options.model, trees))
+    return Workload(
+        name=spec.name,
+        kind=spec.kind,
+        image="embed",
+        version=mdeploy.__version__,
+        words=("python3", "-m", "mdeploy.apps", spec.kind, *inside.argv()),
+        env={name: moved(value, trees) for name, value in spec.env.items()},
+        host=_published(spec),
+        port=spec.port,
+        probe=spec.probe,
+        gpus=_gpus(options.app),
+        trees=trees,
+        key=key,
+        limits=spec.limits,
+        restart=spec.restart,
+        depends_on=spec.depends_on,
+    )
+
+
+def _gpus(options: AppOptions) -> tuple[int, ...]:
+    return tuple(int(device) for device in options.devices if device != "cpu")
+
+
+def _inside(options: AppOptions) -> AppOptions:
+    """What an app of the host is told in a container, where its devices are the only ones, counted from 0."""
+    devices = tuple(str(number) for number, _ in enumerate(_gpus(options))) or options.devices
+    return dataclasses.replace(options, host="0.0.0.0", python="", reload=False, devices=devices)
 
 
 # paths

@@ -68,12 +68,12 @@ def site(settings: Settings, request: Request, say: Say) -> Site:
     usual = ("443",) if tls else ("80",)
     found = Site(
         service=spec.name,
-        kind=spec.kind,
+        kind="llm" if spec.is_vllm else "app",
         servers=(*(_address(one) for one in (*own, *replicas)), *others),
         listen=tuple(dict.fromkeys(address.listen(text) for text in request.listen or usual)),
         names=request.names,
         tls=tls,
-        max_body_bytes=known.app_options(spec).max_body_bytes if spec.kind == "app" else nginx.DEFAULT_BODY_BYTES,
+        max_body_bytes=nginx.DEFAULT_BODY_BYTES if spec.is_vllm else known.app_options(spec).max_body_bytes,
         guard=request.guard,
         key_file=str(_key_file(request)) if request.guard != "pass" else "",
         keys=_keys(spec) if request.guard != "pass" else (),

@@ -260,8 +260,9 @@ def _with_kept_key(paths: Paths, spec: ServiceSpec) -> ServiceSpec:
     file = credentials.key_file(paths, spec.name)
     if not file.exists() or spec.secrets:
         return spec
-    probe = dataclasses.replace(spec.probe, bearer=credentials.variable(spec.kind))
-    return dataclasses.replace(spec, secrets=credentials.secrets_of(paths, spec.name, spec.kind), probe=probe)
+    probe = dataclasses.replace(spec.probe, bearer=credentials.variable(of_vllm=spec.is_vllm))
+    secrets = credentials.secrets_of(paths, spec.name, of_vllm=spec.is_vllm)
+    return dataclasses.replace(spec, secrets=secrets, probe=probe)
 
 
 def _check(paths: Paths, spec: ServiceSpec, status: ServiceStatus) -> None:
@@ -270,7 +271,7 @@ def _check(paths: Paths, spec: ServiceSpec, status: ServiceStatus) -> None:
     for key in spec.secrets.values():
         first_key(Path(key))
     if not Path(spec.argv[0]).exists():
-        hint = "mdeploy engines install vllm" if spec.kind == "llm" else ""
+        hint = "mdeploy engines install vllm" if spec.is_vllm else ""
         raise ConfigError(f"the engine of that revision is gone: {spec.argv[0]}", hint=hint)
     if status.pid is None or status.spec.port != spec.port:
         check_port(spec.host, spec.port)

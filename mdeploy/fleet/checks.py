@@ -19,20 +19,17 @@ Problem = tuple[KeyPath, str]
 """What is wrong, at a path that starts at the service."""
 
 _OF_LLM = ("engine", "tp", "gpu_memory_utilization", "max_model_len", "dtype", "args")
-_OF_APP = (
-    "handler",
-    "python",
-    "path",
-    "workers_per_gpu",
-    "batch",
-    "batch_cost",
-    "max_wait_ms",
-    "timeout",
-    "queue",
-    "max_body",
-    "cors",
-    "config",
+_OF_BOTH = ("python", "workers_per_gpu", "timeout", "max_body", "cors")
+_OF_APP = (*_OF_BOTH, "handler", "path", "batch", "batch_cost", "max_wait_ms", "queue", "config")
+_OF_EMBED = (
+    *_OF_BOTH,
+    *("engine", "tp", "dtype", "args"),
+    *("backend", "max_length", "dimensions", "batch_tokens", "attention"),
+    *("compile", "truncate", "token_ids", "instruction"),
 )
+_KEYS: Mapping[str, tuple[str, ...]] = {"llm": _OF_LLM, "app": _OF_APP, "embed": _OF_EMBED, "gme": _OF_EMBED}
+"""What services of one kind have and not all others do."""
+
 _FOREIGN = {
     "batch": "vLLM forms its batches by itself; their limit is args: [--max-num-seqs, '64']",
     "workers_per_gpu": "vLLM runs one process a GPU; for more of them declare more services",
@@ -61,8 +58,13 @@ def _merged_value(name: str, defaults: Any, own: Any) -> Any:
 
 def effective(defaults: ServiceEntry, own: ServiceEntry) -> ServiceEntry:
     """A service with the defaults that its kind has; the others are for services of another kind."""
-    foreign = _OF_LLM if (own.kind or defaults.kind) == "app" else _OF_APP
-    return merged(replace(defaults, **dict.fromkeys(foreign)), own)
+    return merged(replace(defaults, **dict.fromkeys(_foreign(own.kind or defaults.kind or "llm"))), own)
+
+
+def _foreign(kind: str) -> tuple[str, ...]:
+    """Keys that services of this kind do not have."""
+    known = _KEYS.get(kind, ())
+    return tuple(dict.fromkeys(name for names in _KEYS.values() for name in names if name not in known))
 
 
 def check(document: Document, parsed: FileEntry, default_host: str) -> tuple[Mistake, ...]:
@@ -110,12 +112,14 @@ def _names(services: Mapping[str, ServiceEntry]) -> Iterator[Problem]:
 
 def _kind(entry: ServiceEntry) -> Iterator[Problem]:
     kind = entry.kind or "llm"
-    if kind not in ("llm", "app"):
-        yield ("kind",), f"kind {kind} is not served by this version, llm and app are"
+    if kind not in _KEYS:
+        yield ("kind",), f"kind {kind} is not served by this version, {', '.join(_KEYS)} are"
         return
-    for name in _OF_LLM if kind == "app" else _OF_APP:
+    for name in _foreign(kind):
         if getattr(entry, name) is not None:
-            yield (name,), _FOREIGN.get(name, f"belongs to services of kind {'llm' if kind == 'app' else 'app'}")
+            whose = ", ".join(other for other, names in _KEYS.items() if name in names)
+            usual = f"belongs to services of kind {whose}"
+            yield (name,), _FOREIGN.get(name, usual) if kind == "llm" else usual
 
 
 def _model(entry: ServiceEntry) -> Iterator[Problem]:
@@ -133,6 +137,18 @@ def _app(entry: ServiceEntry) -> Iterator[Problem]:
     if entry.kind == "app":
         for name, text in wishes.problems(entry.app_wish()):
             yield tuple(name.split(".")), text
+
+
+def _embed(entry: ServiceEntry) -> Iterator[Problem]:
+    if entry.kind not in ("embed", "gme"):
+        return
+    wish = entry.embed_wish()
+    for name, text in wishes.embed_problems(wish):
+        yield (name,), text
+    for name in wishes.foreign_to_backend(wish):
+        yield (name,), f"does not go with backend: {wish.backend or 'mdeploy'}"
+    if wish.backend == "vllm" and entry.gpus and entry.gpus.which:
+        yield ("gpus",), f"{entry.gpus.which} does not go with backend: vllm: name ids, or a count"
 
 
 def _numbers(entry: ServiceEntry) -> Iterator[Problem]:
@@ -165,8 +181,8 @@ def _gpus(entry: ServiceEntry) -> Iterator[Problem]:
     ids, count = entry.gpus.ids, entry.gpus.count
     if sum(given is not None for given in (ids, count, entry.gpus.which)) != 1:
         yield ("gpus",), "takes either ids or count"
-    elif entry.gpus.which and entry.kind != "app":
-        yield ("gpus",), f"{entry.gpus.which} is for services of kind app: name ids, or a count"
+    elif entry.gpus.which and entry.kind in (None, "llm"):
+        yield ("gpus",), f"{entry.gpus.which} is for services of another kind than llm: name ids, or a count"
     elif count is not None and not 1 <= count <= 1024:
         yield ("gpus",), f"count must be at least 1, not {count}"
     elif ids is not None and (not ids or min(ids) < 0 or len(set(ids)) != len(ids)):
@@ -199,6 +215,7 @@ _RULES: tuple[Callable[[ServiceEntry], Iterator[Problem]], ...] = (
     _kind,
     _model,
     _app,
+    _embed,
     _numbers,
     _texts,
     _gpus,

@@ -14,6 +14,7 @@ from mdeploy.fleet.document import Mistake
 from mdeploy.fleet.schema import GpusEntry, LifecycleEntry, LimitsEntry, ModelEntry, ServiceEntry
 from mdeploy.paths import expand
 from mdeploy.prepare_app import AppRequest
+from mdeploy.prepare_embed import EmbedRequest
 from mdeploy.prepare_llm import LlmRequest
 from mdeploy.resolve import Wanted
 from mdeploy.settings import Settings
@@ -112,6 +113,8 @@ def request(service: Service, path: Path) -> prepare.Request:
         model = _wanted(entry.model, None, path.parent) if entry.model else None
         return AppRequest(entry.app_wish(), terms, entry.recipe, model)
     wanted = _wanted(entry.model or ModelEntry(), entry.recipe, path.parent)
+    if entry.kind == "embed" or entry.kind == "gme":
+        return EmbedRequest(entry.kind, wanted, entry.embed_wish(), terms)
     return LlmRequest(wanted, _llm_wish(entry, entry.gpus or GpusEntry()), terms, entry.engine)
 
 

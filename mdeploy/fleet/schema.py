@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from mdeploy.fleet.document import Document, KeyPath, Mistake, as_json
-from mdeploy.specs import AppWish, RestartPolicy
+from mdeploy.specs import AppWish, EmbedWish, RestartPolicy
 from mdeploy.wishes import bytes_of
 
 VERSION = 1
@@ -102,6 +102,15 @@ class ServiceEntry:
     max_body: int | None = None
     cors: tuple[str, ...] | None = None
     config: Mapping[str, Mapping[str, Any]] | None = None
+    backend: Literal["mdeploy", "vllm"] | None = None
+    max_length: int | None = None
+    dimensions: int | None = None
+    batch_tokens: int | None = None
+    attention: str | None = None
+    compile: bool | None = None
+    truncate: bool | None = None
+    token_ids: str | None = None
+    instruction: str | None = None
     limits: LimitsEntry | None = None
     auth: AuthEntry | None = None
     lifecycle: LifecycleEntry | None = None
@@ -114,6 +123,12 @@ class ServiceEntry:
         return AppWish(
             handlers=self.handler, paths=self.path, gpus=gpus.which or gpus.ids, gpu_count=gpus.count, **same
         )
+
+    def embed_wish(self) -> EmbedWish:
+        """What it says of an embedding service."""
+        gpus = self.gpus or GpusEntry()
+        same = {name: getattr(self, name) for name in _OF_EMBED_WISH}
+        return EmbedWish(gpus=gpus.which or gpus.ids, gpu_count=gpus.count, **same)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +143,7 @@ class FileEntry:
 
 _OF_NUMBERS = ("workers_per_gpu", "batch", "batch_cost", "max_wait_ms", "timeout", "queue", "max_body")
 _OF_APP_WISH = ("python", *_OF_NUMBERS, "cors", "config")
+_OF_EMBED_WISH = tuple(f.name for f in dataclasses.fields(EmbedWish) if not f.name.startswith("gpu"))
 
 _PARTS: Mapping[str, type] = {
     "model": ModelEntry,
@@ -148,7 +164,8 @@ _EXPECTED = {
     "log_bytes": _SIZE,
     "max_body": _SIZE,
     "services": "a mapping of names to services",
-    "kind": "llm or app (embed, gme and asr are to come)",
+    "kind": "llm, embed, gme or app (asr is to come)",
+    "backend": "mdeploy or vllm",
     "restart": "always, on-failure or never",
 }
 _EXPECTED_OF_TYPE = {
@@ -295,6 +312,10 @@ _TEXTS = frozenset(
         "python",
         "path",
         "cors",
+        "backend",
+        "attention",
+        "token_ids",
+        "instruction",
     ]
 )
 

@@ -6,6 +6,7 @@ a picture is decoded (Pillow). It knows nothing of models: no sizes to scale to,
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from typing import TYPE_CHECKING
@@ -42,26 +43,38 @@ def upload(request: Request, field: str = "image") -> File:
     return File(field, "", sent, request.buffer)
 
 
-def decode(file: File, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(
+    file: File,
+    max_pixels: int = MAX_PIXELS,
+    *,
+    formats: tuple[str, ...] = FORMATS,
+    min_side: int = 1,
+    max_aspect: float = math.inf,
+) -> Image.Image:
     """The upright RGB image in a file, transparent parts white, the first frame where there are several.
 
-    Size and format are checked before any pixel is decoded. Raises HTTPError: 400 for an empty or damaged file,
-    413 for more than `max_pixels`, 415 for what is no image of `FORMATS`.
+    Size and format are checked before any pixel is decoded; `max_aspect` is the longer side over the shorter.
+    Raises HTTPError: 400 for an empty or damaged file or one of another shape, 413 for more than `max_pixels` or more
+    memory than this process may have, 415 for what is no image of `formats`.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not len(file.buffer):
         raise HTTPError(400, "the image is empty", code="missing_image")
     try:
-        image = Image.open(file.open(), formats=FORMATS)
+        image = Image.open(file.open(), formats=formats)
         _check_size(image.size, max_pixels)
-        return _rgb(ImageOps.exif_transpose(image))
+        _check_shape(image.size, min_side, max_aspect)
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would double the memory
+        return _rgb(image)
     except HTTPError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise HTTPError(413, f"the image has more than {max_pixels} pixels", code="image_too_large") from error
+    except MemoryError as error:
+        raise HTTPError(413, "the image takes too much memory to decode", code="image_too_large") from error
     except UnidentifiedImageError as error:
-        text = f"this is no image; supported are {', '.join(FORMATS)}"
+        text = f"this is no image; supported are {', '.join(formats)}"
         raise HTTPError(415, text, code="unsupported_media_type") from error
     # Decoders of damaged files raise nearly everything: SyntaxError, struct.error, EOFError, IndexError …
     except Exception as error:
@@ -77,6 +90,15 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         raise HTTPError(400, f"the image has {width} x {height} pixels", code="invalid_image")
 
 
+def _check_shape(size: tuple[int, int], min_side: int, max_aspect: float) -> None:
+    shown = f"the image has {size[0]} x {size[1]} pixels"
+    if min(size) < min_side:
+        raise HTTPError(400, f"{shown}: each side needs at least {min_side}", code="invalid_image")
+    if max(size) > min(size) * max_aspect:
+        text = f"{shown}: the longer side may be {max_aspect:g} times the shorter one at most"
+        raise HTTPError(400, text, code="invalid_image")
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     from PIL import Image
 
@@ -88,7 +110,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
         return white
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def plain(width: int = 64, height: int = 64, colour: tuple[int, int, int] = (128, 128, 128)) -> bytes:

@@ -67,7 +67,7 @@ class Local:
         reply: Reply = await self._answer(call, request)
         return reply
 
-    def submit(self, request: Request, gone: Callable[[], bool]) -> Call:
+    def submit(self, request: Request, gone: Callable[[], bool], cost: float = 0.0) -> Call:
         self.submitted += 1
         if self.info.name == "full":
             raise OverloadedError(1.5)

@@ -88,10 +88,10 @@ def test_mistakes(path: Path) -> None:
         "services.a.handler: is missing: FILE.py:Class, or a recipe",
         "services.b.batch: must be from 1 to 100000, not 0",
         "services.b.config.echo.bacth: is no option of a handler: did you mean batch?",
-        "services.b.tp: belongs to services of kind llm",
+        "services.b.tp: belongs to services of kind llm, embed, gme",
         "services.c.gpus: must be \"0,1\", [0, 1], {ids: [0, 1]}, {count: 2}, all or none, not 'most'",
         "services.c.timeout: must be seconds, or a duration like 90s or 10m, not 'soon'",
-        "services.d.gpus: none is for services of kind app: name ids, or a count",
+        "services.d.gpus: none is for services of another kind than llm: name ids, or a count",
         "services.d.handler: belongs to services of kind app",
     ]
 

@@ -116,7 +116,7 @@ def test_every_mistake_is_told_at_once_with_its_line(path: Path) -> None:
         "mdeploy.yaml:7: services.chat.prot: unknown key, did you mean port?",
         "mdeploy.yaml:9: services.chat.gpus: must be \"0,1\", [0, 1], {ids: [0, 1]}, {count: 2}, all or none, not '2'",
         "mdeploy.yaml:10: services.chat.port: given twice, in line 8 too",
-        "mdeploy.yaml:12: services.speech.kind: kind asr is not served by this version, llm and app are",
+        "mdeploy.yaml:12: services.speech.kind: kind asr is not served by this version, llm, app, embed, gme are",
         "mdeploy.yaml:14: services.speech.lifecycle.ready_timeout: must be "
         "seconds, or a duration like 90s or 10m, not 'soon'",
         "mdeploy.yaml:15: services.speech.depends_on: there is no service 'chatt' in this file, did you mean chat?",

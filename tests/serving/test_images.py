@@ -3,7 +3,10 @@ from __future__ import annotations
 import io
 import random
 import struct
+import subprocess
+import sys
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> File:
     return File("image", "x", "", file.getvalue())
 
 
-def error_of(data: bytes, **options: int) -> HTTPError:
+def error_of(data: bytes, **options: Any) -> HTTPError:
     with pytest.raises(HTTPError) as caught:
         images.decode(File("image", "x", "image/png", data), **options)
     return caught.value
@@ -79,6 +82,36 @@ def test_pixels_are_counted_before_any_is_decoded() -> None:
     assert error_of(_png(struct.pack(">IIBBBBB", 9000, 9000, 8, 2, 0, 0, 0), b"x")).status == 413
     assert "7 x 5 pixels, at most 34" in error_of(encoded(Image.new("RGB", (7, 5))).data, max_pixels=34).message
     assert images.decode(encoded(Image.new("RGB", (7, 5))), max_pixels=35).size == (7, 5)
+
+
+def test_shapes_and_formats_may_be_narrower() -> None:
+    line = encoded(Image.new("RGB", (40, 4)))
+    assert images.decode(line, min_side=4, max_aspect=10).size == (40, 4)
+    assert images.decode(encoded(Image.new("RGB", (4, 40))), max_aspect=10).size == (4, 40)
+    small, long = error_of(line.data, min_side=5), error_of(line.data, max_aspect=9.5)
+    assert (small.status, long.status) == (400, 400)
+    assert "at least 5" in small.message and "9.5 times the shorter" in long.message
+    other = error_of(line.data, formats=("JPEG", "WEBP"))
+    assert other.status == 415 and "supported are JPEG, WEBP" in other.message
+
+
+def test_memory_that_a_process_may_not_have_is_no_damage() -> None:
+    program = """
+import io, resource
+from PIL import Image
+from mdeploy.serving import images
+from mdeploy.serving.handler import File, HTTPError
+out = io.BytesIO()
+Image.new("L", (6000, 6000)).save(out, "PNG")
+most = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (60 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+try:
+    images.decode(File("image", "", "", out.getvalue()))
+except HTTPError as error:
+    print(error.status, error.code)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "413 image_too_large\n", done.stderr
 
 
 def _png(header: bytes, data: bytes) -> bytes:

@@ -1,0 +1,1 @@
+"""Multimodal embedding: what embed does, for images too."""

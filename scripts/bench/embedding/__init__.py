@@ -1,0 +1,1 @@
+"""Embedding services beside each other, on one core: see __main__."""

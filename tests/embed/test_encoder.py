@@ -1,0 +1,111 @@
+"""The vectors are those of plain transformers, whatever the batch; one run of `encoder_script.py` tells."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LEAST = {"float32": 0.9999, "bfloat16": 0.999}
+APART = {"float32": 0.001, "bfloat16": 0.05}
+"""Of scores, which are about 1 in size."""
+
+
+@pytest.fixture(scope="module")
+def told(torch_python: Path, embed_models: Path, minilm: Path) -> Any:
+    """What the script found."""
+    script = Path(__file__).with_name("encoder_script.py")
+    done = subprocess.run(
+        [torch_python, script, embed_models, minilm],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["qwen3", "bert", "xlmr"])
+def test_vectors_are_those_of_one_text_at_a_time(told: Any, name: str, kind: str) -> None:
+    found = told[f"{name} {kind}"]
+    assert found["attention"] == "packed"
+    assert found["types"] == ["float32"]
+    ways = {"packed", "repeated", "in small rows", "one by one", "padded"} | (
+        {"left-padded"} if name == "qwen3" else set()
+    )
+    assert found["close"].keys() == ways
+    assert min(found["close"].values()) >= LEAST[kind], found["close"]
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["cross", "cross-xlmr"])
+def test_scores_are_those_of_one_pair_at_a_time(told: Any, name: str, kind: str) -> None:
+    found = told[f"{name} {kind}"]
+    assert found["attention"] == "packed"
+    assert min(found["close"].values()) >= 1 - APART[kind], found["close"]
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_minilm_finds_the_paraphrase_of_each_sentence(told: Any, kind: str) -> None:
+    found = told[f"minilm {kind}"]
+    assert found["attention"] == "packed"
+    assert found["nearest"] == [0, 1, 2, 3, 4, 5]
+    assert found["close"] >= LEAST[kind]
+
+
+def test_a_vector_that_is_cut_has_norm_one_again(told: Any) -> None:
+    assert told["minilm float32"]["short"] == pytest.approx(1, abs=1e-6)
+
+
+def test_a_model_that_cannot_be_packed_is_padded(told: Any) -> None:
+    assert told["sabotage"]["auto"] == "padded"
+    assert told["sabotage"]["close"] >= LEAST["float32"]
+
+
+def test_packing_that_was_asked_for_and_goes_wrong_is_no_start(told: Any) -> None:
+    assert "packed and single vectors have cosine 0." in told["sabotage"]["packed"]
+    assert "--attention auto" in told["sabotage"]["packed"]
+
+
+def test_a_model_that_no_batch_suits_is_no_start(told: Any) -> None:
+    assert "other results in a batch than alone" in told["sabotage"]["neither"]
+
+
+def test_a_row_too_large_for_the_device_is_halved(told: Any) -> None:
+    assert told["memory"]["largest"] <= 130
+    assert told["memory"]["close"] >= LEAST["float32"]
+
+
+def test_a_text_too_large_for_the_device_fails(told: Any) -> None:
+    assert "out of memory" in told["memory"]["too small"]
+
+
+def test_the_least_budget_that_is_about_the_best_is_taken(told: Any) -> None:
+    found = told["budgets"]
+    assert found["flat"] == 512
+    assert found["costly batches"] == 8192
+    assert found["large ones are slow"] == 2048
+
+
+def test_the_search_for_a_budget_ends_with_memory_or_patience(told: Any) -> None:
+    assert told["budgets"]["little memory"] == 2048
+    assert told["budgets"]["little patience"] < 8192
+    assert "out of memory" in told["budgets"]["no memory"]
+
+
+def test_a_budget_is_measured_with_texts_the_model_takes(told: Any) -> None:
+    tokens, longest, shortest = told["budgets"]["usual"]
+    assert (tokens, longest) == (1024, 100)
+    assert shortest >= 1
+
+
+def test_a_packed_model_is_compiled_once_for_rows_of_any_length(told: Any) -> None:
+    assert told["compiled"]["graphs"] == 1
+    assert told["compiled"]["close"] >= LEAST["float32"]
