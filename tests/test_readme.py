@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -79,6 +80,27 @@ def test_the_commands_about_your_own_class(tmp_path: Path) -> None:
     text = (REPO / "README.md").read_text(encoding="utf-8").split("### Your own class\n")[1]
     (tmp_path / "mdeploy.yaml").write_text("version: 1\n" + re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
     assert "--workers-per-device=2" in _sh("mdeploy up --dry-run").stdout
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("real_engine")
+def test_the_commands_about_embeddings(tmp_path: Path, minilm: Path) -> None:
+    serve, *lines = _commands("### Embeddings and reranking")
+    copy_model(minilm, tmp_path / "models" / serve.split()[3])
+    texts = ["a cat", "ein Hund", "三只鸟"]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with running("mirror", tmp_path / "models", "--port", "8700") as server:
+        until(lambda: listens(8700), what="the mirror listens")
+        _sh(serve, MODELSCOPE_ENDPOINT="http://127.0.0.1:8700")
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=20)
+    outputs = {line: _sh(line) for line in lines}
+    assert len(outputs) == 6
+    assert [len(one["embedding"]) for one in json.loads(outputs[lines[0]].stdout)["data"]] == [384, 384]
+    assert "cosine" in outputs[lines[1]].stdout
+    assert (tmp_path / "corpus.npy").stat().st_size == 128 + 4 * 384 * len(texts)
+    assert "golden" in outputs[lines[3]].stdout
+    assert "32 completed" in outputs[lines[4]].stdout
 
 
 @pytest.mark.usefixtures("gpus")

@@ -114,6 +114,8 @@ def _readable(path: str) -> Iterator[None]:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ConfigError(f"{path} is no whole gzip file: {error}", hint="copy it again") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _raw_lines(stream: BinaryIO) -> Iterator[tuple[bytes | None, bytes, int]]:

@@ -17,7 +17,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
-from mdeploy.apps.embed import attention, calibration, checkpoint, forward, loading, rows, selfcheck
+from mdeploy.apps.embed import attention, calibration, checkpoint, forward, linear, loading, rows, selfcheck
 from mdeploy.apps.embed.encoder import Encoder, normalized
 from mdeploy.apps.embed.forward import Padded, Transformer
 from mdeploy.apps.embed.heads import Head
@@ -155,6 +155,18 @@ def refusal(do: Any) -> str:
     return "none"
 
 
+def wrong_layers(path: Path) -> dict[str, Any]:
+    """Prepacked layers that compute something else."""
+    found, plain = checkpoint.read(path), linear._Linear.forward
+    linear._Linear.forward = lambda self, given: plain(self, given).roll(1, -1)  # type: ignore[method-assign]
+    one = one_model(path, torch.bfloat16)
+    linear._Linear.forward = lambda self, given: plain(self, given.reshape(7))  # type: ignore[method-assign]
+    other = transformer(found, torch.bfloat16)
+    way = selfcheck.chosen(other, found, "auto")
+    linear._Linear.forward = plain  # type: ignore[method-assign]
+    return {"wrong": one, "broken": way.name}
+
+
 class Small:
     """A device with room for so many tokens."""
 
@@ -264,6 +276,7 @@ def main(models: Path, mini: Path) -> None:
         }
         told |= {f"minilm {kind}": minilm(mini, dtype) for kind, dtype in DTYPES.items()}
         told |= {"sabotage": sabotage(models / "bert"), "memory": memory(models / "qwen3"), "budgets": budgets()}
+        told["wrong layers"] = wrong_layers(models / "bert")
         told["compiled"] = compiled(models / "qwen3")
     print(json.dumps(told))
 

@@ -69,6 +69,20 @@ def test_a_model_that_cannot_be_packed_is_padded(told: Any) -> None:
     assert told["sabotage"]["close"] >= LEAST["float32"]
 
 
+@pytest.mark.parametrize("name", ["qwen3", "bert", "xlmr"])
+def test_layers_are_prepacked_where_the_cpu_computes_in_bfloat16(told: Any, name: str) -> None:
+    can = {"amx_bf16", "avx512_bf16"} & set(Path("/proc/cpuinfo").read_text().split())
+    assert told[f"{name} bfloat16"]["prepacked"] or not can
+    assert not told[f"{name} float32"]["prepacked"]
+
+
+def test_prepacked_layers_that_compute_something_else_are_taken_out_again(told: Any) -> None:
+    wrong = told["wrong layers"]["wrong"]
+    assert (wrong["prepacked"], wrong["attention"]) == (False, "packed")
+    assert min(wrong["close"].values()) >= LEAST["bfloat16"]
+    assert told["wrong layers"]["broken"] == "packed"
+
+
 def test_packing_that_was_asked_for_and_goes_wrong_is_no_start(told: Any) -> None:
     assert "packed and single vectors have cosine 0." in told["sabotage"]["packed"]
     assert "--attention auto" in told["sabotage"]["packed"]

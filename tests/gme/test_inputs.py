@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -92,6 +94,32 @@ def test_the_first_that_fails_ends_the_others() -> None:
         assert decoder.cancelled == {b"0", b"2"}
 
     run(play)
+
+
+class Large(bytes):
+    """An upload whose end can be seen."""
+
+
+def test_uploads_that_are_refused_do_not_wait_for_the_garbage_collector() -> None:
+    async def play(inputs: Inputs, decoder: Decoder) -> None:
+        items = [Item(image=Upload(Large(b"0"))), *pictures(2)[1:]]
+        assert items[0].image is not None
+        seen = weakref.ref(items[0].image.data)
+        task = asyncio.create_task(inputs.prepare(items, Wish(), "input"))
+        await decoder.until_asked(2)
+        decoder.asked[b"0"].set_result(Reply(413, "", code="image_too_large", message="too large"))
+        with pytest.raises(HTTPError):
+            await task
+        decoder.asked.clear()
+        del items, task
+        await asyncio.sleep(0)
+        assert seen() is None
+
+    gc.disable()
+    try:
+        run(play)
+    finally:
+        gc.enable()
 
 
 def test_a_client_that_leaves_ends_them_all() -> None:

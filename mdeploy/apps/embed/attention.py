@@ -31,11 +31,13 @@ class UnsupportedError(Exception):
 class Segments:
     """Where each text begins in a row: `lengths` are the texts', in their order, on `device`.
 
-    Made once for a batch, used by every layer.
+    `spare` tokens follow the last text and mean nothing; `count` is the number of texts without them. Made once for
+    a batch, used by every layer.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self.lengths = list(lengths)
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", spare: int = 0) -> None:
+        self.lengths = [*lengths, spare] if spare else list(lengths)
+        self.count, self._spare = len(lengths), spare
         self.total, self.longest = sum(self.lengths), max(self.lengths)
         self.device = torch.device(device)
         ends = list(itertools.accumulate(self.lengths))
@@ -46,10 +48,12 @@ class Segments:
 
     @functools.cached_property
     def positions(self) -> torch.Tensor:
-        """Place of each token in its text, int64 [1, T]."""
+        """Place of each token in its text, int64 [1, T]; 0 for spare ones."""
         lengths = torch.tensor(self.lengths)
         starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-        return (torch.arange(self.total) - starts).unsqueeze(0).to(self.device, non_blocking=True)
+        places = torch.arange(self.total) - starts
+        places[self.total - self._spare :] = 0
+        return places.unsqueeze(0).to(self.device, non_blocking=True)
 
     @functools.cached_property
     def first(self) -> torch.Tensor:
@@ -60,6 +64,15 @@ class Segments:
     def last(self) -> torch.Tensor:
         """Place of each text's last token in the row, [n]."""
         return self.bounds[1:].long() - 1
+
+
+def spare_tokens(total: int) -> int:
+    """How many tokens make a row of `total` one of few lengths: oneDNN keeps code, about 1 MB, for each length.
+
+    At most a 32nd of the row, or 31 tokens of a short one.
+    """
+    step = max(32, 1 << max(0, (total - 1).bit_length() - 6))
+    return -total % step
 
 
 _now: Segments | None = None

@@ -156,13 +156,11 @@ class _Asked(Generic[_Part]):
                     gate.leave(piece.tokens)
 
         mean = sum(piece.tokens for piece in pieces) / len(pieces)
-        pumps = [asyncio.ensure_future(pump()) for _ in range(min(len(pieces), math.ceil(limit / mean)))]
+        pumps = [asyncio.create_task(pump()) for _ in range(min(len(pieces), math.ceil(limit / mean)))]
         try:
             await asyncio.gather(*pumps)
         finally:
-            for each in pumps:
-                each.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
+            await _end(pumps)
         return [part for part in parts if part is not None]
 
     async def _answer(self, piece: _Piece, call: Call) -> _Part:
@@ -171,6 +169,14 @@ class _Asked(Generic[_Part]):
         if reply.status != 200:
             raise refused(reply)
         return self._take(piece.start, reply.body, len(piece.loads))
+
+
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
+    """Cancel what is left of them. The list is emptied: an error in it holds the frame that holds the list."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    tasks.clear()
 
 
 def refused(reply: Reply) -> HTTPError:

@@ -75,10 +75,12 @@ class Packed:
     def pooled(self, texts: Texts) -> torch.Tensor:
         """See Forward."""
         of = self._of
-        segments = Segments(texts.lengths.tolist(), of.device)
-        told = {"input_ids": of.on_device(texts.ids)[None], "position_ids": segments.positions + of.first_position}
+        spare = attention.spare_tokens(texts.tokens) if of.device.type == "cpu" else 0
+        segments = Segments(texts.lengths.tolist(), of.device, spare)
+        ids = np.pad(texts.ids, (0, spare))
+        told = {"input_ids": of.on_device(ids)[None], "position_ids": segments.positions + of.first_position}
         if of.takes_types:
-            told["token_type_ids"] = of.on_device(of.types(texts))[None]
+            told["token_type_ids"] = of.on_device(np.pad(of.types(texts), (0, spare)))[None]
         with attention.packed(segments):
             hidden = of.base(**told).last_hidden_state[0]
         return pool(hidden, segments, of.pooling)

@@ -10,10 +10,11 @@ from mdeploy.apps.embed.checkpoint import Pooling
 
 def pool(hidden: torch.Tensor, segments: Segments, how: Pooling) -> torch.Tensor:
     """[T, dim] of any kind to float32 [n, dim]."""
+    count = segments.count
     if how == "mean":
         lengths = segments.bounds.diff().long()
-        return torch.segment_reduce(hidden.float(), "mean", lengths=lengths)
-    return hidden[segments.last if how == "last" else segments.first].float()
+        return torch.segment_reduce(hidden.float(), "mean", lengths=lengths)[:count]
+    return hidden[(segments.last if how == "last" else segments.first)[:count]].float()
 
 
 def normalized(vectors: torch.Tensor) -> torch.Tensor:

@@ -65,6 +65,8 @@ class Soak:
         if self.embedded * _SAMPLES >= len(self.samples) * self.total:
             by_role = {role: size / _MIB for role, size in processes.rss(self.running.pids).items()}
             self.samples.append((self.embedded, sum(by_role.values()), by_role))
+            if len(self.samples) % (_SAMPLES // 20) == 0:
+                print(f"soak       mdeploy      {self.embedded} texts, {sum(by_role.values()):.0f} MiB", flush=True)
 
 
 def soak(running: Running, vocabulary: tuple[str, ...], texts: Sequence[Text], total: int, reference: Any) -> Any:
