@@ -44,12 +44,16 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the workers of one handler run; None leaves it to the options of the service. `env` is for them alone."""
+    """Where the workers of one handler run; None leaves it to the options of the service. `env` is for them alone.
+
+    A helper has limits of its own: what users say of theirs (timeout, batches) is about the model.
+    """
 
     spec: str
     devices: tuple[str, ...] | None = None
     workers_per_device: int | None = None
     env: Mapping[str, str] = field(default_factory=dict)
+    is_helper: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +271,8 @@ class LocalPools:
         """Start them all, at once. Raises StartError or ConfigError, with nothing left running."""
         places = self._places or tuple(map(Place, await self._specs()))
         say(f"starting {len(places)} handler{'s' * (len(places) > 1)} on {', '.join(self._options.devices)}")
-        self._pools = tuple(Pool(self._pool_options(place, len(places)), self._metrics, say) for place in places)
+        models = sum(not place.is_helper for place in places)
+        self._pools = tuple(Pool(self._pool_options(place, models), self._metrics, say) for place in places)
         starts = [asyncio.create_task(pool.start()) for pool in self._pools]
         try:
             await asyncio.gather(*starts)
@@ -304,7 +309,8 @@ class LocalPools:
     def _pool_options(self, place: Place, handlers: int) -> PoolOptions:
         options = self._options
         devices = place.devices or options.devices
-        overrides = {name: getattr(options, name) for name in _OVERRIDES if getattr(options, name) is not None}
+        wished = {name: getattr(options, name) for name in _OVERRIDES if getattr(options, name) is not None}
+        overrides = {} if place.is_helper else wished
         if place.workers_per_device is not None:
             overrides["workers_per_device"] = place.workers_per_device
         workers = handlers * len(devices) * (overrides.get("workers_per_device") or 1)

@@ -96,15 +96,15 @@ def test_the_first_that_fails_ends_the_others() -> None:
     run(play)
 
 
-class Large(bytes):
+class Watched(Upload):
     """An upload whose end can be seen."""
 
 
 def test_uploads_that_are_refused_do_not_wait_for_the_garbage_collector() -> None:
     async def play(inputs: Inputs, decoder: Decoder) -> None:
-        items = [Item(image=Upload(Large(b"0"))), *pictures(2)[1:]]
+        items = [Item(image=Watched(b"0")), *pictures(2)[1:]]
         assert items[0].image is not None
-        seen = weakref.ref(items[0].image.data)
+        seen = weakref.ref(items[0].image)
         task = asyncio.create_task(inputs.prepare(items, Wish(), "input"))
         await decoder.until_asked(2)
         decoder.asked[b"0"].set_result(Reply(413, "", code="image_too_large", message="too large"))

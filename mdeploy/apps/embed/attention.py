@@ -69,9 +69,9 @@ class Segments:
 def spare_tokens(total: int) -> int:
     """How many tokens make a row of `total` one of few lengths: oneDNN keeps code, about 1 MB, for each length.
 
-    At most a 32nd of the row, or 31 tokens of a short one.
+    At most a 32nd of a long row, 15 tokens of a short one.
     """
-    step = max(32, 1 << max(0, (total - 1).bit_length() - 6))
+    step = 16 if total <= 256 else max(32, 1 << (total - 1).bit_length() - 6)
     return -total % step
 
 

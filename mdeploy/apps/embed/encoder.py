@@ -40,10 +40,15 @@ class Encoder:
         except (RuntimeError, MemoryError) as error:
             if len(row) == 1 or not is_out_of_memory(error):
                 raise
-        if torch.cuda.is_available():  # what the failed forward left would make the next one fail too
-            torch.cuda.empty_cache()
+        free_memory()  # what the failed forward left would make the next one fail too
         for half in np.array_split(np.arange(len(row)), 2):
             yield from self._asked(rows.taken(row, half))
+
+
+def free_memory() -> None:
+    """Give back what torch keeps of a GPU's memory for later."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

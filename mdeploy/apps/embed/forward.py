@@ -101,11 +101,15 @@ class Padded:
     def pooled(self, texts: Texts) -> torch.Tensor:
         """See Forward."""
         of = self._of
-        place = np.arange(texts.lengths.max())
+        longest = int(texts.lengths.max())
+        width = longest + -longest % 16 if of.device.type == "cpu" else longest  # few widths, as in `spare_tokens`
+        place = np.arange(width)
         real = place[None] < texts.lengths[:, None]
         told = {"input_ids": self._spread(texts.ids, real, self._pad), "attention_mask": of.on_device(real.astype(int))}
         if of.takes_positions:
-            told["position_ids"] = of.on_device(np.broadcast_to(place, real.shape) + of.first_position)
+            told["position_ids"] = of.on_device(
+                np.broadcast_to(np.minimum(place, longest - 1), real.shape) + of.first_position
+            )
         if of.takes_types:
             told["token_type_ids"] = self._spread(of.types(texts), real, 0)
         hidden = of.base(**told).last_hidden_state

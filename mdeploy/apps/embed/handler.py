@@ -10,7 +10,7 @@ import numpy as np
 
 from mdeploy.apps.embed import calibration, loading, rows, selfcheck, work
 from mdeploy.apps.embed.checkpoint import Checkpoint, read
-from mdeploy.apps.embed.encoder import Encoder, Floats, normalized
+from mdeploy.apps.embed.encoder import Encoder, Floats, free_memory, normalized
 from mdeploy.apps.embed.endings import check_endings
 from mdeploy.apps.embed.forward import Forward, Transformer
 from mdeploy.apps.embed.heads import Head
@@ -43,6 +43,7 @@ class Embedder(Handler):
         self.limit = min(settings.max_length or self.checkpoint.max_length, self.checkpoint.max_length)
         self.encoder = Encoder(_forward(transformer, self.checkpoint, settings), 0)
         measured = self._measured(settings, device)
+        free_memory()
         self.encoder.budget = self.max_batch_cost = measured.budget
         self.facts = {
             "model": self.checkpoint.path.name,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 _LEAST_SIZE = 32  # of a side: below that there is nothing to gain
+_MOST_BYTES = 2 << 30  # both kinds of weights are in memory for a moment, and a larger model is nothing for a CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Swap:
 
 def swaps(model: Any) -> tuple[Swap, ...]:
     """What can be replaced in a model; nothing where this torch, CPU or type of number cannot do it."""
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16:
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or model.get_memory_footprint() > _MOST_BYTES:
         return ()
     try:
         return tuple(_found(model))

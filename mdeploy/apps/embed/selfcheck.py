@@ -101,7 +101,8 @@ class _Check:
     def __init__(self, transformer: Transformer, texts: Texts) -> None:
         self._of, self._texts = transformer, texts
         single = Single(transformer)
-        self._pooled, self._results = single.pooled(texts), single(texts)
+        self._pooled = single.pooled(texts)
+        self._results = single(texts) if transformer.head else self._pooled
         if not (self._pooled.isfinite().all() and self._results.isfinite().all()):
             kind = str(transformer.model.dtype).removeprefix("torch.")
             why = "its weights are broken" if kind == "float32" else f"broken weights, or {kind} is too small for it"

@@ -44,6 +44,6 @@ def kind(options: EmbedOptions) -> Kind:
         inputs = Inputs(backends["decode"], prompts, about.max_length, options.instruction)
         return GmeApi(service, backends["gme"], about, inputs).front()
 
-    decoders = Place(DECODER, ("cpu",), min(_MOST_DECODERS, len(os.sched_getaffinity(0))))
+    decoders = Place(DECODER, ("cpu",), min(_MOST_DECODERS, len(os.sched_getaffinity(0))), is_helper=True)
     model = Place(MODEL, env=environment(options))
     return Kind((model, decoders), front, Path(__file__).parent.parent / "embed" / "index.html")
