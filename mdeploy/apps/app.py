@@ -316,7 +316,7 @@ class LocalPools:
         workers = handlers * len(devices) * (overrides.get("workers_per_device") or 1)
 
         def adopt(info: HandlerInfo) -> HandlerInfo:
-            return load.with_service(info, options.service) if handlers == 1 else info
+            return load.with_service(info, options.service) if handlers == 1 and not self._places else info
 
         return PoolOptions(
             place.spec,
