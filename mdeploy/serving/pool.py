@@ -109,11 +109,11 @@ class Pool(Dispatched):
         except BaseException:
             await self._kill_all()
             raise
-        self._learn(*(slot.worker.ready.result() for slot in self._slots))
         self._start_limit_s = max(_START_S, _START_FACTOR * (self._loop.time() - begun))
         for slot in self._slots:
             self._admit(slot.worker)
             self._watch(slot)
+        self._learn()
         self._tick()
 
     def _new(self, device: str, index: int) -> _Slot:
@@ -138,10 +138,10 @@ class Pool(Dispatched):
             env.update({name: env.get(name, str(self._options.threads)) for name in _THREADS})
         return env
 
-    def _learn(self, *infos: HandlerInfo) -> None:
+    def _learn(self) -> None:
         """What workers measured when they loaded their model: a batch has to suit the smallest of them."""
-        costs = [info.max_batch_cost for info in infos if info.max_batch_cost is not None]
-        cost = min(costs, default=None)
+        infos = [slot.worker.ready.result() for slot in self._slots if slot.worker.accepts]
+        cost = min((info.max_batch_cost for info in infos if info.max_batch_cost is not None), default=None)
         self._dispatch.info = dataclasses.replace(self.info, max_batch_cost=cost, facts=infos[0].facts)
 
     def _admit(self, worker: WorkerProcess) -> None:
@@ -192,6 +192,7 @@ class Pool(Dispatched):
             else:
                 self._failed_starts = 0
                 self._admit(slot.worker)
+                self._learn()
                 return True
         return False
 
@@ -235,6 +236,7 @@ class Pool(Dispatched):
         self._adopt(self._options.adopt(fresh.ready.result()))
         old, slot.worker = slot.worker, fresh
         self._admit(fresh)
+        self._learn()
         self._watch(slot)
         self._observer.restarted(self.info.name, "rolling")
         return old

@@ -155,6 +155,28 @@ def refusal(do: Any) -> str:
     return "none"
 
 
+def windows() -> dict[str, Any]:
+    """Models whose tokens see only those near them, asked with texts longer than that."""
+    size = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "max_position_embeddings": 256, "pad_token_id": 0, "initializer_range": 0.2}
+    mistral = transformers.MistralConfig(**size, **heads, num_key_value_heads=2, head_dim=16, sliding_window=8)
+    modern = transformers.ModernBertConfig(
+        **size, **heads, local_attention=16, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2,
+        bos_token_id=1, eos_token_id=2, reference_compile=False,
+    )  # fmt: skip
+    both = {"causal": (transformers.MistralModel, mistral), "both ways": (transformers.ModernBertModel, modern)}
+    told = {}
+    for name, (cls, config) in both.items():
+        torch.manual_seed(1)
+        model = Transformer(cls(config).eval(), "last")
+        found = checkpoint.Checkpoint(Path(name), "embedder", cls.__name__, "last", 64, 256, 0, vocabulary=99)
+        texts = random_texts(found)
+        expected = forward.Single(model).pooled(texts).numpy()
+        way = selfcheck.chosen(model, found, "auto")
+        told[name] = [way.name, closeness(Encoder(way, 200).encode(texts), expected, False)]
+    return told
+
+
 def wrong_layers(path: Path) -> dict[str, Any]:
     """Prepacked layers that compute something else."""
     found, plain = checkpoint.read(path), linear._Linear.forward
@@ -276,6 +298,7 @@ def main(models: Path, mini: Path) -> None:
         }
         told |= {f"minilm {kind}": minilm(mini, dtype) for kind, dtype in DTYPES.items()}
         told |= {"sabotage": sabotage(models / "bert"), "memory": memory(models / "qwen3"), "budgets": budgets()}
+        told["windows"] = windows()
         told["wrong layers"] = wrong_layers(models / "bert")
         told["compiled"] = compiled(models / "qwen3")
     print(json.dumps(told))

@@ -69,6 +69,13 @@ def test_a_model_that_cannot_be_packed_is_padded(told: Any) -> None:
     assert told["sabotage"]["close"] >= LEAST["float32"]
 
 
+@pytest.mark.parametrize("name", ["causal", "both ways"])
+def test_windows_of_attention_are_heeded_without_padding(told: Any, name: str) -> None:
+    attention, close = told["windows"][name]
+    assert attention == "packed"
+    assert close >= LEAST["float32"]
+
+
 @pytest.mark.parametrize("name", ["qwen3", "bert", "xlmr"])
 def test_layers_are_prepacked_where_the_cpu_computes_in_bfloat16(told: Any, name: str) -> None:
     can = {"amx_bf16", "avx512_bf16"} & set(Path("/proc/cpuinfo").read_text().split())

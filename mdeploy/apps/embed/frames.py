@@ -6,6 +6,7 @@ model pools the special token at the end, so it must be the body that is cut.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ class PairFrame:
     def join(self, first: Ids, second: Ids) -> Tokens:
         """Two bare texts as the model wants them."""
         start = 0 if self.offset is None else len(self.before) + len(first) + self.offset
-        return Tokens([*self.before, *first, *self.between, *second, *self.after], start)
+        return Tokens(array("I", [*self.before, *first, *self.between, *second, *self.after]), start)
 
 
 def frame(tokenizer: Tokenizer) -> Frame:

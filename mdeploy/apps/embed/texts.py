@@ -1,39 +1,26 @@
-"""Texts to token ids, by the model's own tokenizer and at the edge: it knows the length of every text at once.
-
-Short ones are done in the event loop, which takes less time than handing them to a thread. The others go to threads,
-a slice at a time, so that a large request holds up nobody; the tokenizer lets go of the interpreter's lock.
-"""
+"""Texts to token ids, by the model's own tokenizer and at the edge: it knows the length of every text at once."""
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 from tokenizers import Tokenizer
 
-from mdeploy.apps.embed import fields, frames, work
+from mdeploy.apps.embed import fields, frames, slices, work
+from mdeploy.apps.embed.frames import Ids
 from mdeploy.apps.embed.inputs import Wish, place
 from mdeploy.apps.embed.options import TokenIds
 from mdeploy.apps.embed.prompts import Prompts
+from mdeploy.apps.embed.slices import CHARACTERS_A_TOKEN, Slices
 from mdeploy.apps.embed.work import Tokens
 from mdeploy.errors import ConfigError
 
-_INLINE = 2_000
-"""Characters that are tokenised in about half a millisecond, in the event loop."""
-
-_SLICE = 100_000
-"""Characters that one task of a thread has, about 30 ms."""
-
-_THREADS = 4
-
-_CHARACTERS_A_TOKEN, _CHARACTERS = 32, 64 << 10
-"""A text of more characters than so many for each token it may have (and than the second number) is not looked at.
-
-It could only fit if it were blanks; to count its tokens would take as long as the client likes."""
+_CHARACTERS = 64 << 10
+"""So many characters of a text are looked at, however few tokens it may have."""
 
 _REFUSED = (
     "is made of token ids, which this service does not take: they may come from another tokenizer. Send texts"
@@ -52,8 +39,8 @@ class Texts:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our threads are as many as there shall be
         self._tokenizer = _load(file)
         self._prompts, self._max_length, self._token_ids = prompts, max_length, token_ids
-        self._most = max(_CHARACTERS, _CHARACTERS_A_TOKEN * max_length)
-        self._threads = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "tokenise")
+        self._most = max(_CHARACTERS, CHARACTERS_A_TOKEN * max_length)
+        self._slices = Slices()
         self._vocabulary = self._tokenizer.get_vocab_size()
         self._frame, self._pair = frames.frame(self._tokenizer), frames.pair_frame(self._tokenizer)
 
@@ -74,18 +61,18 @@ class Texts:
     def _ids(self, ids: list[Any], param: str) -> Tokens:
         if not ids:
             fields.wrong(param, "is an empty array", "empty_input")
+        if type(ids[0]) is int and self._token_ids == "reject":
+            fields.wrong(param, _REFUSED, "token_ids_not_supported")
+        if type(ids[0]) is int and len(ids) > self._max_length:  # before each of them is looked at
+            self._too_long(param, len(ids))
         if not all(type(each) is int for each in ids):
             fields.wrong(param, "is an array, a text is expected", "invalid_type")
-        if self._token_ids == "reject":
-            fields.wrong(param, _REFUSED, "token_ids_not_supported")
         if min(ids) < 0 or max(ids) >= self._vocabulary:
             fields.wrong(param, f"has token ids that are none of the model's: 0 to {self._vocabulary - 1}")
-        if len(ids) > self._max_length:
-            self._too_long(param, len(ids))
         if not self._frame.holds(ids):
             ends = f"{self._frame.before} at its start and {self._frame.after} at its end"
             fields.wrong(param, f"must be whole, with the model's special tokens: {ends}")
-        return Tokens(ids)
+        return Tokens(array("I", ids))
 
     # many
 
@@ -98,21 +85,27 @@ class Texts:
                 mixed = "texts" if len(ready) < len(items) else "a prompt"
                 fields.wrong(param, f"has token ids, which cannot be together with {mixed}")
             return ready
-        texts = [before + item for item in items if isinstance(item, str)] if before else cast(Sequence[str], items)
+        texts = [item for item in items if isinstance(item, str)]
+        slices.check_repeated(len(before), len(texts), param)
 
-        def encode(start: int, part: Sequence[str]) -> list[Tokens]:
-            return self._encode(part, wish.room, lambda index: place(param, start + index, len(items)))
+        def encode(start: int, end: int) -> list[Tokens]:
+            framed = (before + text for text in texts[start:end])
+            return self._encode(framed, wish.room, lambda index: place(param, start + index, len(items)))
 
-        return await self._sliced(texts, 0, encode)
+        return await self._slices.run([len(before) + len(text) for text in texts], encode)
 
     async def pairs(self, query: str, documents: Sequence[str], wish: Wish, param: str) -> Sequence[Tokens]:
         """Tokens of the query with each document, for a cross-encoder. Raises HTTPError 400 for what is too long."""
 
-        def encode(start: int, part: Sequence[str]) -> list[Tokens]:
-            return self._encode_pairs(query, part, wish.room, lambda index: place(param, start + index, len(documents)))
+        slices.check_repeated(len(query), len(documents), "query")
+        query = self._bounded(query, wish.room, "query")
+        [first] = await self._slices.run([len(query)], lambda start, end: self._bare([query]))
 
-        self._bounded(query, wish.room, "query")
-        return await self._sliced(documents, len(query), encode)
+        def encode(start: int, end: int) -> list[Tokens]:
+            part = documents[start:end]
+            return self._encode_pairs(first, part, wish.room, lambda index: place(param, start + index, len(documents)))
+
+        return await self._slices.run([len(text) for text in documents], encode)
 
     def tokens(self, load: Tokens) -> int:
         """How many."""
@@ -126,24 +119,11 @@ class Texts:
         """See `Inputs`."""
         return {"prompts": self._prompts.names, "has_query": self._prompts.has_query}
 
-    async def _sliced(
-        self, texts: Sequence[str], more: int, encode: Callable[[int, Sequence[str]], list[Tokens]]
-    ) -> list[Tokens]:
-        """All texts, each of which costs `more` characters besides its own."""
-        lengths = [len(text) + more for text in texts]
-        if sum(lengths) <= _INLINE:
-            return encode(0, texts)
-        loop = asyncio.get_running_loop()
-        found: list[Tokens] = []
-        for start, end in _slices(lengths):
-            found += await loop.run_in_executor(self._threads, encode, start, texts[start:end])
-        return found
-
     # in the loop or in a thread
 
-    def _encode(self, texts: Sequence[str], room: int | None, where: Callable[[int], str]) -> list[Tokens]:
-        texts = [self._bounded(text, room, where(index)) for index, text in enumerate(texts)]
-        found = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)]
+    def _encode(self, texts: Iterable[str], room: int | None, where: Callable[[int], str]) -> list[Tokens]:
+        bounded = [self._bounded(text, room, where(index)) for index, text in enumerate(texts)]
+        found = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(bounded)]
         most = room or self._max_length
         for index, ids in enumerate(found):
             if not ids:
@@ -151,15 +131,16 @@ class Texts:
             if len(ids) > most:
                 left = self._left(room, self._frame.special, len(ids), where(index))
                 found[index] = self._frame.cut(ids, left)
-        return list(map(Tokens, found))
+        return [Tokens(array("I", ids)) for ids in found]
+
+    def _bare(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of texts without special tokens."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode_pairs(
-        self, query: str, texts: Sequence[str], room: int | None, where: Callable[[int], str]
+        self, first: Ids, texts: Sequence[str], room: int | None, where: Callable[[int], str]
     ) -> list[Tokens]:
-        query = self._bounded(query, room, "query")
-        texts = [self._bounded(text, room, where(index)) for index, text in enumerate(texts)]
-        encoded = self._tokenizer.encode_batch_fast([query, *texts], add_special_tokens=False)
-        first, *seconds = (encoding.ids for encoding in encoded)
+        seconds = self._bare([self._bounded(text, room, where(index)) for index, text in enumerate(texts)])
         special, most = self._pair.special, room or self._max_length
         found = []
         for index, second in enumerate(seconds):
@@ -207,14 +188,3 @@ def _field(value: dict[str, Any], param: str) -> Any:
         named = others[0][:40] if others else "no text"
         fields.wrong(param, f"is an object with {named}: this model takes texts only", "invalid_type")
     return value["text"]
-
-
-def _slices(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ranges of neighbours that are about one slice long."""
-    start = total = 0
-    for index, length in enumerate(lengths):
-        if total and total + length > _SLICE:
-            yield start, index
-            start, total = index, 0
-        total += length
-    yield start, len(lengths)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
+from array import array
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from mdeploy.apps.embed import fields
+from mdeploy.apps.embed import fields, slices
 from mdeploy.apps.embed.inputs import Wish, place
+from mdeploy.apps.embed.slices import CHARACTERS_A_TOKEN, Slices
 from mdeploy.apps.gme import items, prompt, work
 from mdeploy.apps.gme.items import Item, Upload
 from mdeploy.apps.gme.prompt import Prompts
@@ -28,12 +28,6 @@ _HELD_BYTES = 2 << 30
 
 _AT_ONCE = 8
 """Pictures of one request that decoders have, so that those of others come between."""
-
-_INLINE = 2_000
-"""Characters that are tokenised in the event loop; more go to a thread."""
-
-_CHARACTERS_A_TOKEN = 32
-"""A text of more characters than so many for each token it may have is not looked at: it cannot fit."""
 
 
 class Room:
@@ -71,7 +65,7 @@ class Inputs:
         self._decoder, self._prompts, self._max_length = decoder, prompts, max_length
         self._instruction = instruction or prompt.INSTRUCTION
         self._room = Room()
-        self._thread = ThreadPoolExecutor(min(2, os.cpu_count() or 1), "tokenise")
+        self._slices = Slices()
 
     def parse(self, value: Any, param: str) -> Item:
         """See `items.parse`."""
@@ -82,8 +76,7 @@ class Inputs:
         told = self._told(wish)
         self._check(items, told, param)
         pictures = await self._decoded(items, param)
-        texts = [told.before + item.text if item.text else "" for item in items]
-        ids = await self._written(items, texts, pictures, told)
+        ids = await self._written(items, pictures, told)
         for index, each in enumerate(ids):
             self._check_length(len(each), told, place(param, index, len(items)))
         return [Input(each, picture) for each, picture in zip(ids, pictures, strict=True)]
@@ -117,9 +110,10 @@ class Inputs:
         if count > MAX_PICTURES:
             text = f"has {count} images, at most {MAX_PICTURES} are taken in one request"
             fields.wrong(param, text, "too_many_images")
-        most = _CHARACTERS_A_TOKEN * self._max_length
+        slices.check_repeated(len(told.before) + len(told.instruction), len(items), param)
+        most = CHARACTERS_A_TOKEN * self._max_length
         for index, item in enumerate(items):
-            size = len(item.text) + len(told.before) + len(item.instruction or told.instruction)
+            size = _characters(item, told)
             if size > most:
                 text = f"is too long: it has {size} characters with its prompt, at most {most} are read"
                 fields.wrong(place(param, index, len(items)), text, "context_length_exceeded")
@@ -133,18 +127,17 @@ class Inputs:
 
     # texts
 
-    async def _written(
-        self, items: Sequence[Item], texts: Sequence[str], pictures: Sequence[Picture | None], told: Told
-    ) -> list[list[int]]:
+    async def _written(self, items: Sequence[Item], pictures: Sequence[Picture | None], told: Told) -> list[array[int]]:
         sizes = [0 if one is None else prompt.tokens(one.height, one.width) for one in pictures]
-        instructions = [item.instruction or told.instruction for item in items]
 
-        def write() -> list[list[int]]:
-            return self._prompts.write(texts, sizes, instructions, told.room)
+        def write(start: int, end: int) -> list[array[int]]:
+            some = items[start:end]
+            texts = [told.before + item.text if item.text else "" for item in some]
+            instructions = [item.instruction or told.instruction for item in some]
+            found = self._prompts.write(texts, sizes[start:end], instructions, told.room)
+            return [array("I", ids) for ids in found]
 
-        if sum(map(len, texts)) + len(instructions[0]) <= _INLINE:
-            return write()
-        return await asyncio.get_running_loop().run_in_executor(self._thread, write)
+        return await self._slices.run([_characters(item, told) for item in items], write)
 
     # pictures
 
@@ -180,6 +173,11 @@ class Inputs:
         if reply.status != 200:
             raise _refused(reply, param)
         return work.picture(reply.body)
+
+
+def _characters(item: Item, told: Told) -> int:
+    """Of a text with everything around it."""
+    return len(item.text) + len(told.before) + len(item.instruction or told.instruction)
 
 
 async def _end(tasks: list[asyncio.Task[None]]) -> None:

@@ -32,7 +32,8 @@ MAX_ASPECT = 200
 """Longer side over the shorter one; what is more elongated cannot be scaled so (Qwen2-VL refuses it too)."""
 
 _SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|endoftext|>")
-_REMEMBERED = 256
+_REMEMBERED, _REMEMBERED_LENGTH = 256, 4096
+"""How many instructions are kept as token ids, and of how many characters each at most: clients send them."""
 
 
 def fitted(height: int, width: int) -> tuple[int, int]:
@@ -84,7 +85,8 @@ class Prompts:
         self._before: dict[str, list[int]] = {}
 
     def _plain(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        [found] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)  # `encode` keeps the lock
+        return list(found.ids)
 
     def _special(self, name: str) -> int:
         """The id of a special token that users cannot write. Raises ConfigError."""
@@ -120,9 +122,10 @@ class Prompts:
         """Everything up to the user's turn; the instructions of a service are few."""
         known = self._before.get(instruction)
         if known is None:
-            if len(self._before) >= _REMEMBERED:
-                self._before.clear()
             system = self._plain(f"system\n{instruction}")
             known = [self._start, *system, self._end, *self._newline, self._start]
-            self._before[instruction] = known
+            if len(self._before) >= _REMEMBERED:
+                self._before.clear()
+            if len(instruction) <= _REMEMBERED_LENGTH:
+                self._before[instruction] = known
         return known

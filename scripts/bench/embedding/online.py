@@ -73,7 +73,8 @@ def measure(running: Running, load: Load, texts: Sequence[Text], reference: Any)
         for share, answer in zip(shares, window.answers, strict=True)
         for index in answer.asked
     )
-    latencies = sorted((one.done - one.sent) * 1000 for one in window.answers if begin <= one.done < end)
+    done = [one for one in window.answers if begin <= one.done < end] or window.answers
+    latencies = sorted((one.done - one.sent) * 1000 for one in done)
     return {
         "texts_s": round(embedded / wall, 2),
         "tokens_s": round(tokens / wall, 1),
@@ -90,7 +91,7 @@ def measure(running: Running, load: Load, texts: Sequence[Text], reference: Any)
 
 
 def _quantile(values: list[float], percent: int) -> float:
-    return round(values[min(len(values) - 1, int(len(values) * percent / 100))], 2) if values else -1.0
+    return round(values[min(len(values) - 1, int(len(values) * percent / 100))], 2) if values else 0.0
 
 
 def cosine_min(window: Window, reference: Any) -> float:

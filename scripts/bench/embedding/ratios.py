@@ -62,7 +62,8 @@ def _best(offline: dict[str, list[Row]], kind: str, figure: str) -> list[float]:
 
 
 def _over(own: list[float], theirs: list[float]) -> float:
-    return _middle(a / b for a, b in zip(own, theirs, strict=True) if b)
+    """0 where one of them answered nothing."""
+    return _middle(a / b if b else 0.0 for a, b in zip(own, theirs, strict=True))
 
 
 def _worst(rows: Rows) -> dict[str, float]:

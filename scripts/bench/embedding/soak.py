@@ -22,6 +22,7 @@ from embedding.texts import Text, endless
 
 SINGLE, MANY, MANY_TEXTS, KNOWN_EVERY = 48, 4, 32, 50
 _SAMPLES = 100
+_SHOWN_EVERY = 5
 _WARM = 0.1  # of the texts: caches and pools grow to their size
 _MIB = 1 << 20
 
@@ -62,11 +63,12 @@ class Soak:
             self._sample()
 
     def _sample(self) -> None:
-        if self.embedded * _SAMPLES >= len(self.samples) * self.total:
-            by_role = {role: size / _MIB for role, size in processes.rss(self.running.pids).items()}
-            self.samples.append((self.embedded, sum(by_role.values()), by_role))
-            if len(self.samples) % (_SAMPLES // 20) == 0:
-                print(f"soak       mdeploy      {self.embedded} texts, {sum(by_role.values()):.0f} MiB", flush=True)
+        if self.samples and self.embedded < self.samples[-1][0] + self.total / _SAMPLES:
+            return
+        by_role = {role: size / _MIB for role, size in processes.rss(self.running.pids).items()}
+        self.samples.append((self.embedded, sum(by_role.values()), by_role))
+        if len(self.samples) % _SHOWN_EVERY == 0:
+            print(f"soak       mdeploy      {self.embedded} texts, {sum(by_role.values()):.0f} MiB", flush=True)
 
 
 def soak(running: Running, vocabulary: tuple[str, ...], texts: Sequence[Text], total: int, reference: Any) -> Any:
@@ -82,7 +84,7 @@ def soak(running: Running, vocabulary: tuple[str, ...], texts: Sequence[Text], t
         "mib_end": round(settled[-1][1], 1),
         "mib_end_by_role": {role: round(size, 1) for role, size in settled[-1][2].items()},
         "mib_per_100k": _slope([(count, size) for count, size, _ in settled]),
-        "mib_curve": [[count, round(size)] for count, size, _ in state.samples[:: _SAMPLES // 20]],
+        "mib_curve": [[count, round(size)] for count, size, _ in state.samples[::_SHOWN_EVERY]],
         "cosine_min": online.cosine_min(state.known, reference),
         "checked": sum(len(one.asked) for one in state.known.answers),
         "failed": dict(state.known.failed),
