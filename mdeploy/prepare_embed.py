@@ -211,11 +211,12 @@ def _question(model: Checkpoint | None, name: str) -> tuple[str, dict[str, Any]]
 
 def draft(settings: Settings, request: EmbedRequest) -> Draft:
     """Look everything up that needs no download. Raises what is wrong with the request."""
-    _check_backend(request.wish)
     wanted = dataclasses.replace(request.wanted, kinds=recipes.EMBEDDING)
     model = resolve.understand(settings.paths, wanted)
     if model.recipe is not None:
         request = _with_recipe(request, model.recipe)
+    else:
+        _check_backend(request.wish)
     wishes.check(request.wish)
     env = _environment(request.terms, model)
     if request.wish.backend == "vllm":
@@ -235,7 +236,7 @@ def _check_backend(wish: EmbedWish) -> None:
     foreign = wishes.foreign_to_backend(wish)
     if foreign:
         flags = ", ".join("flags after --" if name == "args" else f"--{name.replace('_', '-')}" for name in foreign)
-        hint = "leave it out, or leave --backend out" if wish.backend == "vllm" else "add --backend vllm"
+        hint = "leave it out, or say --backend mdeploy" if wish.backend == "vllm" else "add --backend vllm"
         raise UsageError(f"{flags} does not go with the backend {wish.backend or 'mdeploy'}", hint=hint)
 
 
@@ -244,6 +245,7 @@ def _with_recipe(request: EmbedRequest, recipe: ModelRecipe) -> EmbedRequest:
         hint = f"mdeploy serve {recipe.kind} {request.wanted.model or recipe.model}"
         raise ConfigError(f"{recipe.model} is a model of kind {recipe.kind}, not {request.kind}", hint=hint)
     wish = wishes.joined(request.wish, wishes.of_model_recipe(recipe))
+    _check_backend(dataclasses.replace(request.wish, backend=wish.backend))
     return dataclasses.replace(request, wish=wish)
 
 

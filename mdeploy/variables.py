@@ -65,6 +65,7 @@ def read(loaded: Settings, kind: str, flags: Flags, cwd: Path | None = None) -> 
     """What they say to a service of this kind. Raises ConfigError that names a variable which makes no sense."""
     found = settings.named((*NAMES, *((_GME,) if kind == "gme" else ())), cwd=cwd)
     in_root = _GME in found
+    os.environ.pop("API_KEY", None)  # no process that we start needs it, used or not
     used = {name: value for name, value in found.items() if not _is_overridden(name, loaded, flags, in_root=in_root)}
     _show_devices(used)
     shown = _shown(used)
@@ -111,7 +112,6 @@ def _with_key(loaded: Settings, key: Setting | None) -> Settings:
     """The settings with the key, which the service then finds where every other key comes from."""
     if key is None:
         return loaded
-    os.environ.pop("API_KEY", None)  # no process that we start needs it
     return replace(loaded, values={**loaded.values, "api_key": Setting(key.value, f"{key.origin} API_KEY")})
 
 

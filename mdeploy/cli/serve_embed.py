@@ -143,8 +143,12 @@ def _command(kind: EmbedKind, usual: str, text: str) -> Callable[..., None]:
             engine=engine,
             args=tuple(context.obj or ()) or None,
         )
+        of_vllm = backend == "vllm"  # it chooses devices by --tp, and has no size to be told
         flags = variables.Flags(
-            port=port is not None, model=model is not None, gpus=gpus is not None, dimensions=dimensions is not None
+            port=port is not None,
+            model=model is not None,
+            gpus=gpus is not None or of_vllm,
+            dimensions=dimensions is not None or of_vllm,
         )
         found = variables.read(settings.load(), kind, flags)
         for line in found.told:
@@ -166,11 +170,9 @@ def _command(kind: EmbedKind, usual: str, text: str) -> Callable[..., None]:
 
 
 def _with(found: Variables, wish: EmbedWish) -> EmbedWish:
-    """The wish with what the variables say beside it; vLLM chooses devices by --tp, and has no size to be told."""
+    """The wish with what the variables say beside it."""
     import dataclasses
 
-    if wish.backend == "vllm":
-        return wish
     if wish.gpus is None:
         wish = dataclasses.replace(wish, gpus=found.gpus, gpu_count=found.gpu_count)
     return wish if found.dimensions is None else dataclasses.replace(wish, dimensions=found.dimensions)
@@ -183,4 +185,5 @@ gme = _command("gme", DEFAULT_GME, _GME)
 def _welcome(status: ServiceStatus) -> None:
     spec = status.spec
     output.say(f"{spec.name} is ready: {spec.url}/v1  (model {spec.model})")
-    output.say(f"next: mdeploy embed {spec.name} TEXT · mdeploy bench {spec.name} · mdeploy stop {spec.name}")
+    embed = "" if spec.probe.request_path == "/v1/rerank" else f"mdeploy embed {spec.name} TEXT · "
+    output.say(f"next: {embed}mdeploy bench {spec.name} · mdeploy stop {spec.name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,11 @@ def test_a_file_beside_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_flags_and_settings_of_our_own_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".env").write_text("API_KEY=sk-a\nPORT=x\nMODEL_PATH=m\nDEVICE=tpu\nEMBEDDING_DIMENSION=x\n")
     monkeypatch.setenv("MDEPLOY_API_KEY", "sk-ours")
+    monkeypatch.setenv("API_KEY", "sk-b")
     found = _read(flags=Flags(port=True, model=True, gpus=True, dimensions=True))
     assert (found.port, found.model, found.gpus, found.dimensions, found.told) == (None, None, None, None, ())
     assert found.settings.get("api_key") == "sk-ours"
+    assert "API_KEY" not in os.environ, "no worker needs it"
 
 
 @pytest.mark.parametrize(

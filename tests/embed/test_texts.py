@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def test_pairs_are_cut_as_transformers_cuts_them(embed_models: Path, model: str)
         query, *documents = some(7, seed=room + seed, words=25)
         found = asyncio.run(texts.pairs(query, documents, Wish(room=room), "documents"))
         expected = [tokenizer.encode(query, document) for document in documents]
-        assert [each.ids for each in found] == [each.ids for each in expected]
+        assert [list(each.ids) for each in found] == [each.ids for each in expected]
         types = [[0] * (t.second or len(t.ids)) + [1] * (len(t.ids) - t.second if t.second else 0) for t in found]
         assert types == [each.type_ids for each in expected]
 
@@ -91,6 +92,18 @@ def test_a_huge_text_is_refused_unread_and_cut_unread(embed_models: Path) -> Non
         prepared(texts, [huge])
     assert refused.value.code == "context_length_exceeded"
     assert prepared(texts, [huge], Wish(room=16)) == prepared(texts, ["cat " * 14])
+
+
+def test_a_prompt_does_not_fill_the_memory_by_being_put_before_every_text(embed_models: Path) -> None:
+    texts = texts_of(embed_models / "bert", max_length=16)
+    tracemalloc.start()
+    try:
+        with pytest.raises(HTTPError, match="60000 characters go with each of 2048 inputs"):
+            prepared(texts, ["cat"] * 2048, Wish(prompt="cat " * 15_000))
+        prepared(texts, ["cat"] * 30, Wish(prompt="cat " * 500_000, room=16))
+        assert tracemalloc.get_traced_memory()[1] < 30 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_token_ids_must_be_whole_texts_of_the_model(embed_models: Path) -> None:

@@ -61,6 +61,12 @@ class Second(Handler):
             time.sleep(600)
     def inference(self, request):
         return os.getpid()
+
+class Measures(Handler):
+    def init(self, device):
+        self.max_batch_cost = float(Path(__file__).with_name(os.environ["CUDA_VISIBLE_DEVICES"]).read_text())
+    def forward(self, batch):
+        return batch
 """
 
 
@@ -117,6 +123,25 @@ def app(tmp_path: Path) -> Path:
 
 def play(story: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(story(), 60))
+
+
+def test_batches_suit_the_smallest_worker_whichever_was_renewed_last(app: Path) -> None:
+    def measure(**costs: int) -> None:
+        for device, cost in costs.items():
+            app.with_name(device).write_text(str(cost))
+
+    async def story() -> None:
+        measure(gpu0=30, gpu1=70)
+        async with Running(app, "Measures", devices=("gpu0", "gpu1")) as running:
+            pool = running.pool
+            assert pool.info.max_batch_cost == 30
+            await pool.renew()
+            assert pool.info.max_batch_cost == 30
+            measure(gpu1=20)
+            os.kill(pool.workers()[1].pid, signal.SIGKILL)
+            await running.until(lambda: pool.info.max_batch_cost == 20)
+
+    play(story)
 
 
 def body(reply: Reply) -> Any:

@@ -6,6 +6,7 @@ It knows inputs by `inputs.Inputs` only, and the model by its files: none of it 
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from mdeploy.apps.embed.fields import Body
 from mdeploy.apps.embed.inputs import Inputs, Item
 from mdeploy.apps.embed.rerank import Cosine, Scorer
 from mdeploy.serving.backend import Backend
+from mdeploy.serving.body import Content
 from mdeploy.serving.edge import Front, Route, Service
 from mdeploy.serving.exchange import Exchange
 from mdeploy.serving.handler import HTTPError
@@ -74,11 +76,15 @@ class Api:
 
     async def body(self, exchange: Exchange) -> dict[str, Any]:
         """The JSON of a request, whose task ends when the client leaves. Raises HTTPError, ClientLeftError."""
+        return fields.document((await self.content(exchange)).buffer)
+
+    async def content(self, exchange: Exchange) -> Content:
+        """What a request sent; from then on its task ends when the client leaves. Raises as `body` does."""
         content = await self._service.read(exchange)
         task = asyncio.current_task()
         assert task is not None
-        exchange.on_leave(lambda: _end(task))
-        return fields.document(content.buffer)
+        exchange.on_leave(functools.partial(_end, task))
+        return content
 
     async def _embed(
         self, exchange: Exchange, body: Body, values: Sequence[Any], param: str, write: vectors.Write

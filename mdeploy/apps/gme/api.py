@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,10 +40,7 @@ class GmeApi(Api):
         await self._upload(exchange, needs_text=True)
 
     async def _upload(self, exchange: Exchange, *, needs_text: bool) -> None:
-        content = await self._service.read(exchange)
-        task = asyncio.current_task()
-        assert task is not None
-        exchange.on_leave(lambda: _end(task))
+        content = await self.content(exchange)
         headers = exchange.scope["headers"]
         request = Request(headers=headers, body=content.buffer, form=content.form, files=content.files)
         file = images.upload(request, FILE)
@@ -61,10 +57,6 @@ class GmeApi(Api):
         if body.get("messages") is not None and body.get("input") is None:
             return [{"messages": body["messages"]}]
         return super()._given(body)
-
-
-def _end(task: asyncio.Task[Any]) -> None:
-    task.cancel()
 
 
 def _described(*, needs_text: bool) -> Mapping[str, Any]:
