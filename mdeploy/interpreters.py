@@ -64,20 +64,21 @@ def _usual(paths: Paths, packages: Mapping[str, str], extra: str) -> tuple[str, 
 
 
 def _check(python: Interpreter, packages: Mapping[str, str]) -> None:
-    lacking = list(_lacking(_versions(python.path, list(packages)), packages))
+    lacking = dict(_lacking(_versions(python.path, list(packages)), packages))
     if lacking:
-        wanted = " ".join(f"'{name}>={least}'" if least else name for name, least in packages.items())
+        wanted = " ".join(f"'{name}>={packages[name]}'" if packages[name] else name for name in lacking)
         hint = f"{python.path} -m pip install {wanted}, or --python another one"
-        raise ConfigError(f"{python.path} has {', '.join(lacking)}", hint=hint)
+        raise ConfigError(f"{python.path} has {', '.join(lacking.values())}", hint=hint)
 
 
-def _lacking(found: Mapping[str, str | None], packages: Mapping[str, str]) -> Iterator[str]:
+def _lacking(found: Mapping[str, str | None], packages: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Names of packages, each with what is wrong with it."""
     for name, least in packages.items():
         version = found.get(name)
         if version is None:
-            yield f"no {name}"
+            yield name, f"no {name}"
         elif least and _sortable(version) < _sortable(least):
-            yield f"{name} {version}, {least} or newer is needed"
+            yield name, f"{name} {version}, {least} or newer is needed"
 
 
 def _sortable(version: str) -> tuple[int, ...]:

@@ -237,7 +237,8 @@ def _check_backend(wish: EmbedWish) -> None:
     if foreign:
         flags = ", ".join("flags after --" if name == "args" else f"--{name.replace('_', '-')}" for name in foreign)
         hint = "leave it out, or say --backend mdeploy" if wish.backend == "vllm" else "add --backend vllm"
-        raise UsageError(f"{flags} does not go with the backend {wish.backend or 'mdeploy'}", hint=hint)
+        do = "do" if len(foreign) > 1 or "args" in foreign else "does"
+        raise UsageError(f"{flags} {do} not go with the backend {wish.backend or 'mdeploy'}", hint=hint)
 
 
 def _with_recipe(request: EmbedRequest, recipe: ModelRecipe) -> EmbedRequest:
@@ -277,6 +278,8 @@ def _weighed(request: EmbedRequest, model: Model, directory: Path | None) -> Wei
 
 def _check_sizes(wish: EmbedWish, model: Checkpoint, title: str) -> None:
     size, length = wish.dimensions, wish.max_length
+    if wish.instruction is not None and model.query_prompt is None and model.kind != "gme":
+        raise UsageError(f"--instruction: {title} was not trained to follow any", hint="leave it out")
     if length is not None and length > model.max_length:
         text = f"--max-length {length}: {title} was made for {model.max_length} tokens"
         raise UsageError(text, hint=f"--max-length {model.max_length}")
@@ -287,7 +290,8 @@ def _check_sizes(wish: EmbedWish, model: Checkpoint, title: str) -> None:
     least = model.dim if model.smallest is None else model.smallest
     if not least <= size <= model.dim:
         span = f"from {least} to {model.dim}" if least < model.dim else f"{model.dim} and cannot be cut"
-        raise UsageError(f"--dimensions {size}: vectors of {title} have {span}", hint=f"--dimensions {model.dim}")
+        near = least if size < least else model.dim
+        raise UsageError(f"--dimensions {size}: vectors of {title} have {span}", hint=f"--dimensions {near}")
 
 
 def _pooling(settings: Settings, request: EmbedRequest, model: Model, env: Mapping[str, str]) -> PoolingDraft:

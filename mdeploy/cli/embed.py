@@ -115,8 +115,10 @@ def embed(
 def _check(
     texts: list[str] | None, image: list[Path] | None, file: str | None, field: str | None, out: Path | None
 ) -> None:
-    if bool(texts or image) == (file is not None):
+    if file is None and not (texts or image):
         raise UsageError("name texts, or a file of texts with --file", hint="mdeploy embed NAME TEXT…")
+    if file is not None and (texts or image):
+        raise UsageError("--file does not go with texts or pictures beside it", hint="mdeploy embed NAME --file FILE")
     if file is None and (out or field):
         raise UsageError("-o and --field go with --file", hint="printf '%s\\n' TEXT… | mdeploy embed NAME -f - -o FILE")
 
@@ -219,7 +221,7 @@ def _stream(job: _Job, *, as_json: bool) -> None:
             try:
                 outcome = stream.run(job.client, model, job.wish, source, target, job.how, on_progress)
             except BaseException as error:
-                _say_where(job, target, error)
+                _say_where(job, error)
                 raise
     _report(job, model, outcome, as_json=as_json)
 
@@ -249,9 +251,13 @@ def _target(job: _Job, source: Source, model: Model) -> Iterator[Target]:
         yield file
 
 
-def _say_where(job: _Job, target: Target, error: BaseException) -> None:
+def _say_where(job: _Job, error: BaseException) -> None:
     """What is left of a run that did not end, and how it goes on."""
-    if job.out is None or not job.out.with_name(f"{job.out.name}.progress").exists():
+    from mdeploy.embedding.stream import ChangedError
+
+    if job.out is None or isinstance(error, ChangedError):
+        return
+    if not job.out.with_name(f"{job.out.name}.progress").exists():
         return
     output.say(f"what is done is in {job.out}.partial; the same command goes on from there")
 
@@ -286,7 +292,8 @@ def _summary(job: _Job, model: Model, outcome: Outcome) -> str:
     before = f", {outcome.resumed:,} of them before" if outcome.resumed else ""
     failed = f", {outcome.failed:,} without a vector" if outcome.failed else ""
     took = f"{output.human_seconds(outcome.seconds)}, {rate:,.0f} a second"
-    return f"{job.out}: {outcome.rows:,} rows of {model.dim} numbers{before}{failed} ({took})"
+    rows = "1 row" if outcome.rows == 1 else f"{outcome.rows:,} rows"
+    return f"{job.out}: {rows} of {model.dim} numbers{before}{failed} ({took})"
 
 
 @contextlib.contextmanager

@@ -46,6 +46,8 @@ def read(path: Path) -> Golden:
         if document["schema"] != SCHEMA:
             raise ValueError(f"schema {document['schema']}")
         items = tuple(_item(row) for row in document["items"])
+        if not items:
+            raise ValueError("it has no items")
         return Golden(str(document["model"]), str(document["dtype"]), str(document["how"]), items)
     except FileNotFoundError as error:
         raise NotFoundError(f"no file {path}", hint="mdeploy selftest NAME --record FILE makes one") from error

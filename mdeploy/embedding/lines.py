@@ -149,5 +149,7 @@ def _from_json(text: str, field: str) -> tuple[Item | Failure, Any]:
     value = found.get(field)
     if isinstance(value, str):
         return value, identity
+    if field in found:
+        return Failure(f"{field!r} of the line is no text"), identity
     there = ", ".join(sorted(found)) or "nothing"
     return Failure(f"the line has no text in {field!r}; it has {there}"), identity

@@ -187,9 +187,9 @@ def _meaning(asker: Asker) -> Finding:
 
 
 def _by_language(is_right: Callable[[phrases.Triple], bool]) -> Finding:
-    """How many are as they should be; a model may know one language only."""
+    """How many are as they should be; a model may know one language only, so one that is right throughout will do."""
     right = {language: sum(map(is_right, triples)) for language, triples in _TRIPLES.items()}
-    good = all(right[language] == len(triples) for language, triples in _TRIPLES.items())
+    good = any(right[language] == len(triples) for language, triples in _TRIPLES.items())
     detail = ", ".join(f"{count} of {len(_TRIPLES[language])} in {language}" for language, count in right.items())
     return ("ok" if good else "warning"), detail
 

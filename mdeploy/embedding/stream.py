@@ -84,6 +84,13 @@ class LineError(MdeployError):
     """A line has no vector, and that was to end the run."""
 
 
+class ChangedError(ConfigError):
+    """What an earlier run left does not go with this one: the same command would end the same way."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, hint="--overwrite begins anew")
+
+
 OnProgress = Callable[[Progress], None]
 Rows = tuple[list[Vector | Failure], int]
 
@@ -111,7 +118,7 @@ def run(
     """Embed every line of `source` into `target`, going on from what is there.
 
     However it ends, what was written lasts. Raises LineError for a line that cannot be embedded unless
-    `skip_errors`, ConfigError where the lines already done, or the model, are not what they were.
+    `skip_errors`, ChangedError where the lines already done, or the model, are not what they were.
     """
     return _Run(client, model, wish, source, target, options, on_progress).run()
 
@@ -140,7 +147,7 @@ class _Run:
     def run(self) -> Outcome:
         """See `run`."""
         if cosine(self._mark.probe, self._model.probe) < _SAME_MODEL:
-            raise ConfigError("the service does not give the vectors it gave before", hint="--overwrite begins anew")
+            raise ChangedError("the service does not give the vectors it gave before")
         lines = self._source.lines()
         self._pass_over(lines)
         with _Crew(self._options.concurrency) as crew:
@@ -156,14 +163,15 @@ class _Run:
         return Outcome(mark.rows, mark.failed, mark.tokens, self._resumed, seconds, tuple(self._errors))
 
     def _pass_over(self, lines: Iterator[Line]) -> None:
-        """Read what is done already. Raises ConfigError where it is not what it was."""
+        """Read what is done already. Raises ChangedError where it is not what it was."""
         count = 0
         for line in itertools.islice(lines, self._mark.rows):
             self._digest.update(line.digest)
             count += 1
         if self._mark.rows and (count, self._digest.hexdigest()) != (self._mark.rows, self._mark.digest):
-            text = f"{self._source.path} has changed: its first {self._mark.rows} lines are not those that are done"
-            raise ConfigError(text, hint="--overwrite begins anew")
+            raise ChangedError(
+                f"{self._source.path} has changed: its first {self._mark.rows} lines are not those that are done"
+            )
 
     def _embed(self, lines: Iterator[Line], crew: _Crew) -> None:
         waiting: deque[tuple[list[Line], Future[Rows]]] = deque()

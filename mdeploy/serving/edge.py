@@ -134,11 +134,14 @@ class Service(FastAPI):
         extras = [extra for extra in (health_extra, front and front.health) if extra]
         both = frozenset({"GET", "HEAD", "POST"})
 
+        def more() -> dict[str, Any]:
+            return {name: value for extra in extras for name, value in extra().items()}
+
         async def ready(exchange: Exchange) -> None:
             await _send_finding(exchange, await readiness.ready())
 
         async def live(exchange: Exchange) -> None:
-            await _send_finding(exchange, health(backends, lambda: {k: v for one in extras for k, v in one().items()}))
+            await _send_finding(exchange, health(backends, more, has_paths=front is None))
 
         async def figures(exchange: Exchange) -> None:
             await exchange.whole(200, MEDIA_TYPE, self.metrics.text())

@@ -22,9 +22,13 @@ Finding = tuple[int, dict[str, Any], tuple[tuple[str, str], ...]]
 _LIVE = ("ready", "busy")
 
 
-def health(backends: Mapping[str, Backend], extra: Extra | None = None) -> Finding:
-    """200 while every handler has a worker that lives, else 503. `extra` is what the caller adds to the document."""
-    handlers = {name: _shown(backend) for name, backend in backends.items()}
+def health(backends: Mapping[str, Backend], extra: Extra | None = None, *, has_paths: bool = True) -> Finding:
+    """200 while every handler has a worker that lives, else 503. `extra` is what the caller adds to the document.
+
+    `has_paths` says that clients reach each handler by its path.
+    """
+    paths = {name: {"path": backend.info.path} if has_paths else {} for name, backend in backends.items()}
+    handlers = {name: {**paths[name], **_shown(backend)} for name, backend in backends.items()}
     is_well = all(_lives(backend) for backend in backends.values())
     document = {"status": "ok" if is_well else "unavailable", "handlers": handlers, **(extra() if extra else {})}
     headers = () if is_well else (("Retry-After", "1"),)  # workers are on their way: the supervisor shall wait
@@ -34,7 +38,6 @@ def health(backends: Mapping[str, Backend], extra: Extra | None = None) -> Findi
 def _shown(backend: Backend) -> dict[str, Any]:
     workers = [dataclasses.asdict(worker) for worker in backend.workers()]
     return {
-        "path": backend.info.path,
         "live": _lives(backend),
         "queued": backend.queued,
         "in_flight": backend.in_flight,

@@ -82,7 +82,7 @@ def test_wishes_reach_the_service(quick: Fake) -> None:
     ("words", "code", "why"),
     [
         ((), ExitCode.USAGE, "name texts, or a file"),
-        (("text", "-f", "file"), ExitCode.USAGE, "name texts, or a file"),
+        (("text", "-f", "file"), ExitCode.USAGE, "--file does not go with texts"),
         (("text", "-o", "out.npy"), ExitCode.USAGE, "go with --file"),
         (("text", "--dimensions", "9"), ExitCode.USAGE, "dimensions is at most 8"),
         (("text", "--model", "other"), ExitCode.NOT_FOUND, "no model other"),
@@ -213,6 +213,7 @@ def test_lines_without_a_vector(quick: Fake, tmp_path: Path) -> None:
     errors = {row["index"]: row["error"] for row in map(json.loads, rows.stdout.splitlines()) if "error" in row}
     assert sorted(errors) == [2, 3, 4, 5, 6, 7]
     assert errors[3] == "the line is empty" and errors[4] == "the line has no text in 'text'; it has other"
+    assert errors[5] == "'text' of the line is no text"
 
 
 def test_a_line_can_be_mended(quick: Fake, tmp_path: Path) -> None:
@@ -342,7 +343,7 @@ def test_a_run_is_only_gone_on_from_where_it_fits(quick: Fake, slow: Fake, texts
     original = texts.read_text()
     texts.write_text(original.replace("number 1\n", "number one\n"))
     other = embed(quick.url, "-f", texts, "-o", out)
-    assert other.code == ExitCode.CONFIG and "has changed" in other.stderr
+    assert other.code == ExitCode.CONFIG and "has changed" in other.stderr and "goes on" not in other.stderr
     assert rows_done(out) == kept
     texts.write_text(original + "one more\n")
     assert embed(quick.url, "-f", texts, "-o", out, "--json").json["resumed_rows"] == kept

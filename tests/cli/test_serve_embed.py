@@ -108,7 +108,8 @@ def test_the_newest_vllm_where_there_is_no_torch(model: Path, fake_engine: Path)
 def test_an_interpreter_that_lacks_something(model: Path, tmp_path: Path) -> None:
     _refused(mdeploy("serve", "embed", model, "--dry-run"), 78, "no torch", "mdeploy[embed]", "engines install vllm")
     old = torch_env.make(tmp_path / "old", transformers="4.46.0", pillow="")
-    _refused(mdeploy("serve", "embed", model, "--python", old), 78, "transformers 4.46.0, 5 or newer is needed")
+    refused = mdeploy("serve", "embed", model, "--python", old)
+    _refused(refused, 78, "transformers 4.46.0, 5 or newer is needed", f"{old} -m pip install 'transformers>=5', or")
 
 
 # what is refused
@@ -208,6 +209,18 @@ def test_a_recipe_and_what_wins_over_it(tmp_path: Path, model: Path, python: Pat
     assert (options.dimensions, options.truncate, options.app.max_body_bytes) == (40, False, 1024)
     assert service["env"]["A"] == "b"
     assert "as wished: on the CPU" in service["plan"]["reasons"]
+
+
+def test_flags_have_to_go_with_the_backend_of_a_recipe(tmp_path: Path, model: Path, fake_engine: Path) -> None:
+    recipe = tmp_path / "recipes/org/tiny.yaml"
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text("kind: embed\nmodel: org/tiny\nbackend: vllm\n")
+    _refused(
+        mdeploy("serve", "embed", model, "--truncate", "--dry-run"), 2, "--truncate does not go", "--backend mdeploy"
+    )
+    found = mdeploy("serve", "embed", model, "--dry-run", "--json", "--", "--enforce-eager")
+    assert (found.code, found.json["service"]["argv"][0]) == (0, str(fake_engine)), found.stderr
+    assert "--enforce-eager" in found.json["service"]["argv"]
 
 
 # what is exported

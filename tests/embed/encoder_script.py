@@ -3,6 +3,7 @@
 PYTHON encoder_script.py MODELS MINILM
 """
 
+import copy
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer
 from mdeploy.apps.embed import attention, calibration, checkpoint, forward, linear, loading, rows, selfcheck
 from mdeploy.apps.embed.encoder import Encoder, normalized
 from mdeploy.apps.embed.forward import Padded, Transformer
+from mdeploy.apps.embed.handler import _compile
 from mdeploy.apps.embed.heads import Head
 from mdeploy.serving.load import LoadError
 
@@ -117,16 +119,16 @@ class Sabotaged:
     """Attention that forgets where texts end."""
 
     def __enter__(self) -> None:
-        self._kept = attention._attend
+        self._kept = attention.attend
 
         def attend(query: Any, key: Any, value: Any, *rest: Any) -> Any:
             with attention.packed(attention.Segments([query.shape[0]])):
                 return self._kept(query, key, value, *rest)
 
-        attention._attend = attend  # type: ignore[assignment]
+        attention.attend = attend  # type: ignore[assignment]
 
     def __exit__(self, *error: object) -> None:
-        attention._attend = self._kept
+        attention.attend = self._kept
 
 
 def sabotage(path: Path) -> dict[str, Any]:
@@ -175,6 +177,63 @@ def windows() -> dict[str, Any]:
         way = selfcheck.chosen(model, found, "auto")
         told[name] = [way.name, closeness(Encoder(way, 200).encode(texts), expected, False)]
     return told
+
+
+def families() -> dict[str, Any]:
+    """Models that differ in places, types of tokens or heads: which way is chosen, and how close it is."""
+    size = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "max_position_embeddings": 256, "initializer_range": 0.2}
+    ends = {"cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    grouped = {"num_key_value_heads": 2, "head_dim": 32}
+    gpt2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 1}
+    judged = {"num_labels": 1, "classifier_pooling": "mean", "local_attention": 16}
+    both_ways = {"sliding_window": 16, "use_bidirectional_attention": True, "pad_token_id": 0}
+    t = transformers
+    models = {
+        "mpnet": (t.MPNetModel, t.MPNetConfig(**size, **heads, pad_token_id=1)),
+        "gpt2": (t.GPT2Model, t.GPT2Config(vocab_size=99, **gpt2)),
+        "gemma": (t.Gemma3TextModel, t.Gemma3TextConfig(**size, **heads, **grouped, **both_ways)),
+        "judge": (t.ModernBertForSequenceClassification, t.ModernBertConfig(**size, **heads, **ends, **judged)),
+        "decoder": (t.Qwen3ForSequenceClassification, t.Qwen3Config(**size, **heads, **grouped, num_labels=1)),
+    }
+    told: dict[str, Any] = {name: family(*model) for name, model in models.items()}
+    told["wrong head"] = refusal(lambda: family(*models["judge"], torch.bfloat16, "cls"))
+    t5 = t.T5Config(vocab_size=99, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    told["no encoder"] = refusal(lambda: family(t.T5Model, t5))
+    return told
+
+
+def written_padding(path: Path) -> list[float]:
+    """A user may write the token that padding is made of, and it is not counted."""
+    found = checkpoint.read(path)
+    texts = random_texts(found)
+    texts.ids[[2, 40, 41, 200]] = 1
+    model = transformer(found, torch.float32)
+    got = [Encoder(selfcheck.chosen(model, found, way), 200).encode(texts) for way in ("padded", "packed")]
+    return [closeness(each, alone(path, found, torch.float32, texts), False) for each in got]
+
+
+def family(cls: Any, config: Any, dtype: torch.dtype = torch.float32, pooling: Any = None) -> list[Any]:
+    torch.manual_seed(1)
+    plain = cls(copy.deepcopy(config)).eval().to(dtype)
+    head = Head(plain) if hasattr(plain, "num_labels") and "Classification" in cls.__name__ else None
+    model = Transformer(plain, pooling or (head.pooling if head else "mean"), head)
+    kind: Any = "cross-encoder" if head else "embedder"
+    found = checkpoint.Checkpoint(Path(cls.__name__), kind, cls.__name__, "mean", 64, 200, 0, vocabulary=99)
+    alike = Transformer(copy.deepcopy(plain), model.pooling, Head(copy.deepcopy(plain)) if head else None)
+    way, texts = selfcheck.chosen(model, found, "auto"), random_texts(found)
+    return [way.name, closeness(Encoder(way, 200).encode(texts), forward.Single(alike)(texts).numpy(), bool(head))]
+
+
+def deep() -> dict[str, float]:
+    """The cosine that is asked for in half precision, by how far copies of a text are from the text alone."""
+    alone = torch.tensor([[1.0, 0.0]])
+
+    def least(angle: float) -> float:
+        copies = torch.tensor([[np.cos(angle), np.sin(angle)]])
+        return selfcheck.least(torch.bfloat16, lambda count: copies, alone)
+
+    return {"quiet": least(0.0), "noisy": least(0.04), "broken": least(1.0), "none": least(np.nan)}
 
 
 def wrong_layers(path: Path) -> dict[str, Any]:
@@ -265,10 +324,15 @@ def compiled(path: Path) -> dict[str, Any]:
         return graph
 
     plain = encoder.encode(texts)
-    model.base = torch.compile(model.base, dynamic=True, fullgraph=True, backend=count)
+    base, model.base = model.base, torch.compile(model.base, dynamic=True, fullgraph=True, backend=count)
     got = [encoder.encode(texts), encoder.encode(rows.taken(texts, np.arange(4)))]
     close = [closeness(one, plain[: len(one)], False) for one in got]
-    return {"close": min(close), "graphs": len(graphs)}
+    model.base = base
+    _compile(model, encoder.forward, texts, "eager")
+    right, model.base = model.base, base
+    _compile(model, encoder.forward, texts, lambda graph, inputs: lambda *given: [one + 1 for one in graph(*given)])
+    kept = {"right": right is not base, "wrong": model.base is not base}
+    return {"close": min(close), "graphs": len(graphs), "kept": kept}
 
 
 def minilm(path: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -298,7 +362,9 @@ def main(models: Path, mini: Path) -> None:
         }
         told |= {f"minilm {kind}": minilm(mini, dtype) for kind, dtype in DTYPES.items()}
         told |= {"sabotage": sabotage(models / "bert"), "memory": memory(models / "qwen3"), "budgets": budgets()}
+        told["huge"] = normalized(np.full((1, 4), 1e30, np.float32), 0).tolist()
         told["windows"] = windows()
+        told |= {"families": families(), "deep": deep(), "written padding": written_padding(models / "xlmr")}
         told["wrong layers"] = wrong_layers(models / "bert")
         told["compiled"] = compiled(models / "qwen3")
     print(json.dumps(told))

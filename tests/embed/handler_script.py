@@ -74,6 +74,11 @@ def without_a_layer(weights: dict[str, torch.Tensor]) -> None:
     del weights["encoder.layer.1.output.dense.weight"]
 
 
+def of_other_sizes(weights: dict[str, torch.Tensor]) -> None:
+    name = "embeddings.word_embeddings.weight"
+    weights[name] = weights[name][:-3].clone()
+
+
 def answers(models: Path) -> dict[str, Any]:
     runner, info = started(models / "qwen3")
     texts = [[7, 8, 9, 0], [11, 0], [*range(20, 60), 0]]
@@ -108,6 +113,7 @@ def main(models: Path, place: Path) -> None:
         "no number": bad,
         "endless": refused(endless),
         "lost weights": refused(spoiled(models / "bert", place / "lost", without_a_layer)),
+        "other sizes": refused(spoiled(models / "bert", place / "sizes", of_other_sizes)),
         "broken": refused(spoiled(models / "bert", place / "broken", broken)),
         "no model": refused(place / "nothing"),
         "no dtype": refused(models / "bert", dtype="int3"),

@@ -53,7 +53,7 @@ class Embedder(Handler):
         self._place = Path(os.environ["STANDIN"])
         self._poison = int(os.environ.get("STANDIN_POISON", -1))
         self._scores = "STANDIN_SCORES" in os.environ
-        self.facts = {"device": device, "dtype": "float32"}
+        self.facts = {"device": device, "dtype": "float32", "tokens_per_s": 10_000}
 
     def preprocess(self, request: Request) -> work.Work:
         return work.unpack(request.buffer)

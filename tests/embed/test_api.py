@@ -180,6 +180,7 @@ def test_health_says_what_the_model_is(service: Service) -> None:
     told = {"model": "org/tiny", "device": "cpu", "kind": "embedder", "dim": 64, "smallest": 32, "max_length": 512}
     assert {name: health[name] for name in told} == told
     assert (health["prompts"], health["has_query"]) == (["document", "query"], True)
+    assert "path" not in health["handlers"]["embed"], "clients reach nothing there"
 
 
 def test_models_are_listed_by_all_their_names(service: Service) -> None:

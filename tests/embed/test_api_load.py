@@ -8,6 +8,7 @@ import json
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,27 @@ def test_too_much_is_refused_at_once_and_the_rest_is_answered(service: Service) 
         assert answer.json()["error"]["code"] == "overloaded"
         assert int(answer.headers["retry-after"]) >= 1
     assert service.rows("after").shape == (1, 64)
+
+
+def _more_than(service: Service, tokens: float) -> bool:
+    return waiting(service) > tokens
+
+
+def test_of_many_large_requests_the_first_are_done_first(service: Service) -> None:
+    done: list[int] = []
+
+    def ask(number: int) -> None:
+        service.rows(["the cat sat on the mat"] * 400)
+        done.append(number)
+
+    with ThreadPoolExecutor(6) as threads, service.held():
+        for number in range(6):
+            before = waiting(service)
+            threads.submit(ask, number)
+            until(partial(_more_than, service, before))
+        service.go_on()
+    assert sorted(done) == list(range(6))
+    assert max(done.index(0), done.index(1)) < min(done.index(4), done.index(5))
 
 
 @pytest.mark.parametrize("count", [1, 1000])

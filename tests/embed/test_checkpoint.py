@@ -44,6 +44,21 @@ def test_a_sentence_transformer_says_how_it_pools_and_how_long_its_texts_are(emb
     assert (xlmr.pooling, xlmr.max_length) == ("cls", 160)
 
 
+def test_old_models_name_their_settings_by_their_kind(copy: Copy) -> None:
+    path = copy("xlmr")
+    change(path / "sentence_xlm-roberta_config.json", max_seq_length=96)
+    assert checkpoint.read(path).max_length == 96
+
+
+def test_a_text_is_not_so_long_that_it_changes_how_a_model_turns_places(copy: Copy) -> None:
+    path = copy("qwen3")
+    change(path / "config.json", rope_parameters={"rope_type": "longrope", "original_max_position_embeddings": 300})
+    assert checkpoint.read(path).max_length == 300
+    older = {"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 200}
+    change(path / "config.json", rope_parameters=None, **older)
+    assert checkpoint.read(path).max_length == 200
+
+
 def test_cross_encoders_and_gme_are_known_by_their_architecture(embed_models: Path) -> None:
     assert checkpoint.read(embed_models / "cross").kind == "cross-encoder"
     assert checkpoint.read(embed_models / "cross-xlmr").kind == "cross-encoder"
@@ -171,6 +186,7 @@ def _dense(path: Path) -> None:
         (_write("model.safetensors", "no header"), "no safetensors file"),
         (_dense, "Dense after the transformer is not supported"),
         (_write("modules.json", "{}"), "names no Transformer"),
+        (_set("config_sentence_transformers.json", default_prompt_name=["query"]), "no prompt is called"),
         (_remove("1_Pooling/config.json"), "1_Pooling/config.json is missing"),
         (_set("1_Pooling/config.json", pooling_mode_cls_token=True), "cls_token and mean_tokens is not supported"),
         (_set("1_Pooling/config.json", pooling_mode_mean_tokens=False), "by nothing is not supported"),

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 LEAST = {"float32": 0.9999, "bfloat16": 0.999}
@@ -64,6 +65,10 @@ def test_a_vector_that_is_cut_has_norm_one_again(told: Any) -> None:
     assert told["minilm float32"]["short"] == pytest.approx(1, abs=1e-6)
 
 
+def test_a_vector_whose_norm_is_beyond_float32_is_no_zero_vector(told: Any) -> None:
+    assert np.isnan(told["huge"]).all()
+
+
 def test_a_model_that_cannot_be_packed_is_padded(told: Any) -> None:
     assert told["sabotage"]["auto"] == "padded"
     assert told["sabotage"]["close"] >= LEAST["float32"]
@@ -88,6 +93,35 @@ def test_prepacked_layers_that_compute_something_else_are_taken_out_again(told: 
     assert (wrong["prepacked"], wrong["attention"]) == (False, "packed")
     assert min(wrong["close"].values()) >= LEAST["bfloat16"]
     assert told["wrong layers"]["broken"] == "packed"
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [("mpnet", "padded"), ("gpt2", "packed"), ("gemma", "packed"), ("judge", "packed"), ("decoder", "packed")],
+)
+def test_each_family_of_models_gives_what_transformers_gives(told: Any, name: str, way: str) -> None:
+    attention, close = told["families"][name]
+    assert attention == way
+    assert close >= LEAST["float32"]
+
+
+def test_padding_that_a_user_writes_is_read_as_transformers_reads_it(told: Any) -> None:
+    assert min(told["written padding"]) >= LEAST["float32"]
+
+
+def test_a_head_that_judges_otherwise_in_a_batch_is_no_start_in_half_precision_either(told: Any) -> None:
+    assert "scores are" in told["families"]["wrong head"]
+
+
+def test_a_model_that_wants_more_than_texts_is_no_start(told: Any) -> None:
+    assert told["families"]["no encoder"].startswith("T5Model gives no vectors of texts: ValueError")
+
+
+def test_half_precision_may_be_as_far_off_as_a_deep_model_is_noisy_and_no_farther(told: Any) -> None:
+    found = told["deep"]
+    assert found["quiet"] == found["none"] == 0.999
+    assert found["noisy"] == pytest.approx(1 - 4 * 0.0008, abs=1e-5)
+    assert found["broken"] == 0.98
 
 
 def test_packing_that_was_asked_for_and_goes_wrong_is_no_start(told: Any) -> None:
@@ -130,3 +164,7 @@ def test_a_budget_is_measured_with_texts_the_model_takes(told: Any) -> None:
 def test_a_packed_model_is_compiled_once_for_rows_of_any_length(told: Any) -> None:
     assert told["compiled"]["graphs"] == 1
     assert told["compiled"]["close"] >= LEAST["float32"]
+
+
+def test_a_compiled_model_that_computes_something_else_is_not_used(told: Any) -> None:
+    assert told["compiled"]["kept"] == {"right": True, "wrong": False}

@@ -94,3 +94,8 @@ def test_a_shorter_limit_is_heeded(told: Any) -> None:
 )
 def test_what_cannot_work_does_not_start(told: Any, model: str, message: str) -> None:
     assert re.search(message, told[model]), told[model]
+
+
+def test_weights_of_other_sizes_are_no_start(told: Any) -> None:
+    assert "embeddings.word_embeddings.weight" in told["other sizes"]
+    assert "not of the sizes that its config.json says" in told["other sizes"]

@@ -232,6 +232,8 @@ def test_a_cross_encoder_ranks_only(chromium: webdriver.Chrome, tmp_path: Path, 
         chromium.get(service.url + "/")
         until(lambda: "Which text answers?" in chromium.find_element(By.TAG_NAME, "h1").text)
         assert not chromium.find_element(By.ID, "compared").is_displayed()
+        assert "scores of pairs" in chromium.find_element(By.ID, "about").text
+        assert "may stay empty" not in chromium.find_element(By.TAG_NAME, "form").text
         write(chromium, LINES[:3])
         answered(chromium, "ranks lines by a query")
         write(chromium, LINES[:3], LINES[1])

@@ -109,5 +109,8 @@ def test_a_file_that_is_no_golden_one(tmp_path: Path) -> None:
     with embedding.service() as fake:
         result = mdeploy("selftest", fake.url, "--golden", wrong)
         assert result.code == ExitCode.CONFIG and "no file of golden vectors: schema 2" in result.stderr
+        wrong.write_text('{"schema": 1, "model": "m", "dtype": "float32", "how": "", "items": []}')
+        result = mdeploy("selftest", fake.url, "--golden", wrong)
+        assert result.code == ExitCode.CONFIG and "it has no items" in result.stderr
         result = mdeploy("selftest", fake.url, "--golden", tmp_path / "gone.json")
         assert result.code == ExitCode.NOT_FOUND

@@ -98,10 +98,10 @@ def test_a_prompt_does_not_fill_the_memory_by_being_put_before_every_text(embed_
     texts = texts_of(embed_models / "bert", max_length=16)
     tracemalloc.start()
     try:
-        with pytest.raises(HTTPError, match="60000 characters go with each of 2048 inputs"):
+        with pytest.raises(HTTPError, match="60000 characters goes with each of 2048"):
             prepared(texts, ["cat"] * 2048, Wish(prompt="cat " * 15_000))
-        prepared(texts, ["cat"] * 30, Wish(prompt="cat " * 500_000, room=16))
-        assert tracemalloc.get_traced_memory()[1] < 30 << 20
+        prepared(texts, ["cat"] * 8, Wish(prompt="cat " * 500_000, room=16))
+        assert tracemalloc.get_traced_memory()[1] < 12 << 20
     finally:
         tracemalloc.stop()
 

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from mdeploy.apps.embed import checkpoint, loading
-from mdeploy.apps.gme import encoder, prompt, work
+from mdeploy.apps.gme import encoder, prompt, vision, work
 from mdeploy.apps.gme.decode import Decode
 from mdeploy.apps.gme.encoder import Encoder
 from mdeploy.apps.gme.model import Model
@@ -128,6 +128,8 @@ def choices(model: Model, image_token: int) -> dict[str, str]:
     with mock.patch.object(model, "_packed", lambda *given: Model._packed(model, *given).roll(1, 1)):
         found["packed is wrong"] = chosen()
         found["packed is asked for"] = chosen("packed")
+    with mock.patch.object(vision._Attention, "forward", lambda self, states, **others: states):
+        found["pictures are packed wrongly"] = chosen()
     with mock.patch.object(model, "_see", lambda pictures: Model._see(model, pictures).flip(0)):
         found["all is wrong"] = chosen()
     return found

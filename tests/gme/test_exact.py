@@ -36,6 +36,7 @@ def test_pictures_are_those_of_transformers(reference: Found) -> None:
 def test_the_check_at_start_notices_what_is_wrong(reference: Found) -> None:
     found = reference["choices"]
     assert (found["as it is"], found["packed is wrong"]) == ("packed", "padded")
+    assert found["pictures are packed wrongly"] == "padded"
     assert "cannot be packed: packed and single vectors have cosine" in found["packed is asked for"]
     assert "other vectors in a batch than alone" in found["all is wrong"]
 

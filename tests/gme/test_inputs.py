@@ -96,6 +96,27 @@ def test_the_first_that_fails_ends_the_others() -> None:
     run(play)
 
 
+def test_instructions_of_their_own_are_work_for_a_thread_too() -> None:
+    async def play(inputs: Inputs, decoder: Decoder) -> None:
+        items = [Item("a"), *(Item("a", instruction=f"{number} " * 1500) for number in range(3))]
+        task = asyncio.create_task(inputs.prepare(items, Wish(), "input"))
+        await asyncio.sleep(0)  # what is done in the event loop is done now
+        assert not task.done()
+        assert [inputs.tokens(each) > 1500 for each in await task] == [False, True, True, True]
+
+    run(play)
+
+
+def test_a_prompt_for_many_inputs_is_refused_where_it_becomes_too_much() -> None:
+    async def play(inputs: Inputs, decoder: Decoder) -> None:
+        for wish in (Wish(prompt="word " * 2000), Wish(instruction="word " * 2000)):
+            with pytest.raises(HTTPError, match="goes with each of 2048") as caught:
+                await inputs.prepare([Item("a")] * 2048, wish, "input")
+            assert (caught.value.status, caught.value.param) == (400, "input")
+
+    run(play)
+
+
 class Watched(Upload):
     """An upload whose end can be seen."""
 

@@ -341,7 +341,7 @@ def test_an_interpreter_that_is_none(app: Path) -> None:
 def test_handlers_are_listed_by_the_interpreter_that_runs_them(app: Path) -> None:
     app.write_text(f"import os\nprint('noise')\nos.system('echo noise')\n{APP}")
     specs = asyncio.run(list_handlers(sys.executable, str(app), (), os.environ))
-    assert [spec.rpartition(":")[2] for spec in specs] == ["Echo", "Hangs", "Forks", "Second"]
+    assert [spec.rpartition(":")[2] for spec in specs] == ["Echo", "Hangs", "Forks", "Second", "Measures"]
     app.write_text("x = 1")
     with pytest.raises(StartError, match="defines no Handler"):
         asyncio.run(list_handlers(sys.executable, str(app), (), os.environ))
@@ -358,7 +358,7 @@ def _marked(app: Path) -> dict[str, str]:
 def test_what_an_import_leaves_running_does_not_hold_up_the_list(app: Path, left: str) -> None:
     app.write_text(f"import subprocess, threading\n{APP}\n{left}\n")
     specs = asyncio.run(asyncio.wait_for(list_handlers(sys.executable, str(app), (), _marked(app)), 60))
-    assert len(specs) == 4
+    assert len(specs) == 5
     assert not processes_with(f"MARK={app}")
 
 

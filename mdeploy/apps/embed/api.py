@@ -91,6 +91,7 @@ class Api:
     ) -> tuple[list[bytes], int]:
         """The vectors as JSON, piece by piece, and the number of tokens."""
         dim, wish = self._about.dim(body), self._about.wish(body)
+        self.fan.expect(values)
         loads = await self._inputs.prepare(self._parsed(values, param), wish, param)
         parts = await self.fan.run(exchange, loads, dim, write)
         return parts, sum(map(self._inputs.tokens, loads))

@@ -122,12 +122,12 @@ def _attention(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    attend: Callable[..., torch.Tensor] = _compiled_attend if torch.compiler.is_compiling() else _attend
-    return attend(*rows, float(scale), causal, int(sliding_window or 0)).unsqueeze(0), None
+    ours: Callable[..., torch.Tensor] = _compiled_attend if torch.compiler.is_compiling() else attend
+    return ours(*rows, float(scale), causal, int(sliding_window or 0)).unsqueeze(0), None
 
 
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool, window: int
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool, window: int = 0
 ) -> torch.Tensor:
     """[T, heads, size] to the same; a token sees those less than `window` away, all of its text where that is 0."""
     assert _now is not None, "a packed forward outside of `packed`"
@@ -138,11 +138,11 @@ def _attend(
 
 _compiled_attend = torch.library.custom_op(
     "mdeploy::packed_attention",
-    lambda *given: _attend(*given).contiguous(),
+    lambda *given: attend(*given).contiguous(),
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, float scale, bool causal, int window) -> Tensor",
 )
-"""`_attend` as torch.compile shall see it: one operation whose inside, and whose texts, it need not know."""
+"""`attend` as torch.compile shall see it: one operation whose inside, and whose texts, it need not know."""
 
 _compiled_attend.register_fake(lambda query, key, value, *rest: query.new_empty((*query.shape[:2], value.shape[2])))
 

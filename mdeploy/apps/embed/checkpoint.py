@@ -111,7 +111,8 @@ def _kind(path: Path, architecture: str, config: Mapping[str, Any]) -> Kind:
         return "gme"
     if not architecture.endswith("ForSequenceClassification"):
         return "embedder"
-    labels = config.get("num_labels") or len(config.get("id2label") or ("", ""))
+    names = config.get("id2label")
+    labels = config.get("num_labels") or (len(names) if isinstance(names, dict) and names else 2)  # Transformers' usual
     if labels == 1:
         return "cross-encoder"
     raise ConfigError(f"{path} is a classifier of {labels} labels ({architecture}); a reranker has one")
@@ -157,7 +158,7 @@ def _prompts(path: Path, own: Mapping[str, Any]) -> tuple[Mapping[str, str], str
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
         raise ConfigError(f"{path / modules.PROMPTS}: `prompts` is no table of texts")
     default = own.get("default_prompt_name")
-    if default is not None and default not in prompts:
+    if default is not None and default not in list(prompts):
         raise ConfigError(f"{path / modules.PROMPTS}: no prompt is called {default!r}, which is to be the default")
     return prompts, default
 
@@ -176,8 +177,12 @@ def _max_length(path: Path, model_type: str, text: Mapping[str, Any], own: int |
     """Tokens of the longest text: what the model's files say, and never more positions than it has."""
     positions = _size(path, text, ("max_position_embeddings", "n_positions"))
     if model_type in _OFFSET:  # their positions begin after the padding's
-        positions -= int(text.get("pad_token_id") or 1) + 1
+        padding = text.get("pad_token_id")
+        positions -= (padding if isinstance(padding, int) else 1) + 1
     written = modules.values(path / "tokenizer_config.json", missing_ok=True).get("model_max_length")
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if "longrope" in (rope.get("rope_type"), rope.get("type")):  # one long text would turn the vectors of all others
+        positions = min(positions, _size(path, {**rope, **text}, ("original_max_position_embeddings",)))
     limits: Iterable[Any] = (positions, own, written)
     return int(min(limit for limit in limits if isinstance(limit, (int, float)) and limit > 0))
 

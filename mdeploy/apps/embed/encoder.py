@@ -23,11 +23,18 @@ class Encoder:
         self.forward, self.budget = forward, budget
 
     @torch.inference_mode()  # type: ignore[untyped-decorator] # torch has no types here
-    def encode(self, texts: Texts) -> Floats:
-        """Float32 [n, k], in the order of the texts. Raises what the model raises; memory only for a single text."""
+    def encode(self, texts: Texts, *, halves: bool = True) -> Floats:
+        """Float32 [n, k], in the order of the texts. Raises what the model raises.
+
+        A row that is too large for the device's memory is asked in halves, if that is wanted.
+        """
         order = np.argsort(texts.lengths, kind="stable")
         cut = rows.cut_padded if self.forward.name == "padded" else rows.cut
-        found = [part for row in cut(rows.taken(texts, order), self.budget) for part in self._asked(row)]
+        found = [
+            part
+            for row in cut(rows.taken(texts, order), self.budget)
+            for part in (self._asked(row) if halves else [self.forward(row)])
+        ]
         results = np.empty((len(texts), found[0].shape[1]), np.float32)
         results[order] = torch.cat(found).cpu().numpy()
         return results
@@ -57,7 +64,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def normalized(vectors: Floats, dim: int) -> Floats:
-    """The first `dim` numbers of each vector (0: all), then norm 1; NaN where there is nothing to divide by."""
+    """The first `dim` numbers of each vector (0: all), then norm 1; NaN where the norm is 0 or beyond float32."""
     kept = vectors[:, :dim] if dim else vectors
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        return np.asarray(kept / np.linalg.norm(kept, axis=1, keepdims=True), np.float32)
+        norms = np.linalg.norm(kept, axis=1, keepdims=True)
+        return np.asarray(kept / np.where(np.isfinite(norms), norms, np.nan), np.float32)

@@ -11,7 +11,7 @@ import asyncio
 import collections
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
@@ -39,6 +39,16 @@ _QUEUE = 64
 _LEAST = 1 / 8
 """Share of them that always may: the pace that was measured at start may have been that of a bad moment."""
 
+_LARGE_AT_ONCE = 2
+"""Large requests that a worker's batches are shared by; the others follow in the order they came, so that those that
+came first are done before their clients give up."""
+
+_LARGE_TIMEOUTS = 2.0
+"""Deadlines of a single text that large requests may have work ahead for."""
+
+_LONG_TOKEN = 8
+"""Characters of a token, at most: how many tokens a text has at least, before it is taken apart."""
+
 _LONGEST_RETRY_S = 60.0
 
 _Part = TypeVar("_Part")
@@ -53,14 +63,20 @@ class Fan:
         self._backend, self._inputs = backend, inputs
         self._workers = max(1, len(backend.workers()))
         self._gate = Gate()
-        self._waiting = {False: 0.0, True: 0.0}
-        self._tokens = 0
+        self._turns = asyncio.Semaphore(_LARGE_AT_ONCE * self._workers)
+        self._waiting = {False: 0, True: 0}
         name = (backend.info.name,)
         labels = ("handler",)
         self._inputs_total = Counter("mdeploy_inputs", "Inputs answered", labels, registry=registry).labels(*name)
         self._tokens_total = Counter("mdeploy_input_tokens", "Their tokens", labels, registry=registry).labels(*name)
         gauge = Gauge("mdeploy_tokens_waiting", "Tokens of requests without an answer", labels, registry=registry)
-        gauge.labels(*name).set_function(lambda: self._tokens)
+        gauge.labels(*name).set_function(lambda: sum(self._waiting.values()))
+
+    def expect(self, values: Sequence[Any]) -> None:
+        """Refuse texts by their size alone, before the work of taking them apart. Raises OverloadedError."""
+        tokens = sum(len(value) for value in values if isinstance(value, str)) / _LONG_TOKEN
+        if tokens > self._budget:
+            self._check(tokens, is_large=True)
 
     async def run(self, exchange: Exchange, loads: Sequence[Load], dim: int, take: Take[_Part]) -> list[_Part]:
         """What `take` makes of each piece's answer, in order.
@@ -72,16 +88,18 @@ class Fan:
         costs = [self._inputs.tokens(load) for load in loads]
         total, budget = sum(costs), self._budget
         is_large = total > budget
-        counted = budget if is_large else total
-        self._admit(counted, is_large)
-        self._tokens += total
+        self._check(total, is_large=is_large)
+        self._waiting[is_large] += total
         try:
             pieces = [_Piece(start, loads[start:end], sum(costs[start:end])) for start, end in split(costs, budget)]
             ask = _Asked(self, exchange, dim, take)
-            parts = await (ask.through(self._gate, pieces, self._ahead) if is_large else ask.at_once(pieces))
+            if is_large:
+                async with self._turns:
+                    parts = await ask.through(self._gate, pieces, self._ahead)
+            else:
+                parts = await ask.at_once(pieces)
         finally:
-            self._waiting[is_large] -= counted
-            self._tokens -= total
+            self._waiting[is_large] -= total
         self._inputs_total.inc(len(loads))
         self._tokens_total.inc(total)
         return parts
@@ -100,19 +118,20 @@ class Fan:
         """Tokens of large requests that may be under way."""
         return _AHEAD * self._budget * self._workers
 
-    def _admit(self, tokens: float, is_large: bool) -> None:
-        """Large requests and the others have a limit each: neither shuts the other out.
+    def _check(self, tokens: float, *, is_large: bool) -> None:
+        """Large requests and the others have a limit each: neither shuts the other out. Raises OverloadedError.
 
-        A large one counts as one batch, whatever waits behind the gate.
+        What could not be answered in time is better refused at once.
         """
         waiting, info = self._waiting[is_large], self._backend.info
         limit = _QUEUE * self._budget * self._workers
         rate = float(info.facts.get("tokens_per_s") or 0) * self._workers
-        if rate and not is_large:  # what could not be answered in time is better refused
+        if rate and is_large:
+            limit = max(rate * info.timeout * _LARGE_TIMEOUTS, 2 * self._ahead)
+        elif rate:
             limit = min(limit, max(rate * info.timeout / 2, limit * _LEAST))
         if waiting and waiting + tokens > limit:
             raise OverloadedError(min(_LONGEST_RETRY_S, waiting / rate / 4) if rate else 1.0)
-        self._waiting[is_large] = waiting + tokens
 
 
 class _Piece:

@@ -44,9 +44,10 @@ class Transformer:
         known = inspect.signature(inner.forward).parameters
         embeddings: Any = getattr(inner, "embeddings", None)
         self.takes_positions = "position_ids" in known
-        self.takes_types = "token_type_ids" in known
-        self._types = int(getattr(model.config, "type_vocab_size", 0) or 0)
-        shifts = hasattr(embeddings, "create_position_ids_from_input_ids")
+        kinds = getattr(model.config, "type_vocab_size", None)
+        self.takes_types = "token_type_ids" in known and kinds is not None  # GPT-2 takes words for types
+        self._types = int(kinds or 0)
+        shifts = hasattr(embeddings, "create_position_ids_from_inputs_embeds")
         self.first_position = int(embeddings.padding_idx) + 1 if shifts else 0
         """RoBERTa and its kin count positions from the one after the padding's."""
 
@@ -58,6 +59,13 @@ class Transformer:
     def types(self, texts: Texts) -> rows.Ints:
         """Of each token, as far as this model knows any."""
         return rows.types(texts) if self._types > 1 else np.zeros(texts.tokens, np.int64)
+
+    def odd_positions(self, texts: Texts) -> rows.Ints | None:
+        """Of each token, where a user wrote the padding's: RoBERTa and its kin leave it out when they count."""
+        padding = self.first_position - 1
+        if padding < 0 or not (texts.ids == padding).any():
+            return None
+        return rows.places(texts, padding) + padding
 
     def finish(self, pooled: torch.Tensor) -> torch.Tensor:
         """What comes after pooling."""
@@ -78,7 +86,9 @@ class Packed:
         spare = attention.spare_tokens(texts.tokens) if of.device.type == "cpu" else 0
         segments = Segments(texts.lengths.tolist(), of.device, spare)
         ids = np.pad(texts.ids, (0, spare))
-        told = {"input_ids": of.on_device(ids)[None], "position_ids": segments.positions + of.first_position}
+        odd = of.odd_positions(texts)
+        usual = segments.positions + of.first_position if odd is None else of.on_device(np.pad(odd, (0, spare)))[None]
+        told = {"input_ids": of.on_device(ids)[None], "position_ids": usual}
         if of.takes_types:
             told["token_type_ids"] = of.on_device(np.pad(of.types(texts), (0, spare)))[None]
         with attention.packed(segments):
@@ -107,9 +117,9 @@ class Padded:
         real = place[None] < texts.lengths[:, None]
         told = {"input_ids": self._spread(texts.ids, real, self._pad), "attention_mask": of.on_device(real.astype(int))}
         if of.takes_positions:
-            told["position_ids"] = of.on_device(
-                np.broadcast_to(np.minimum(place, longest - 1), real.shape) + of.first_position
-            )
+            usual = np.broadcast_to(np.minimum(place, longest - 1), real.shape) + of.first_position
+            odd = of.odd_positions(texts)
+            told["position_ids"] = of.on_device(usual) if odd is None else self._spread(odd, real, 0)
         if of.takes_types:
             told["token_type_ids"] = self._spread(of.types(texts), real, 0)
         hidden = of.base(**told).last_hidden_state
@@ -139,6 +149,15 @@ class Single:
         of, results = self._of, []
         for one in rows.cut(texts, 0):
             hidden = of.base(**self._told(one)).last_hidden_state[0]
+            results.append(pool(hidden, Segments([one.tokens], of.device), of.pooling))
+        return torch.cat(results)
+
+    def repeated(self, texts: Texts, copies: int) -> torch.Tensor:
+        """As `pooled`, from so many copies of a text at once: another shape, and still no padding."""
+        of, results = self._of, []
+        for one in rows.cut(texts, 0):
+            told = {name: value.expand(copies, -1) for name, value in self._told(one).items()}
+            hidden = of.base(**told).last_hidden_state[-1]
             results.append(pool(hidden, Segments([one.tokens], of.device), of.pooling))
         return torch.cat(results)
 

@@ -40,10 +40,12 @@ class Embedder(Handler):
         except ConfigError as error:
             raise LoadError(error.message) from error
         transformer = _transformer(self.checkpoint, settings, device)
+        if self.checkpoint.kind == "embedder" and not (self.checkpoint.path / "modules.json").is_file():
+            say(f"no modules.json: pooled by {self.checkpoint.pooling}, as is usual. Is this an embedding model?")
         self.limit = min(settings.max_length or self.checkpoint.max_length, self.checkpoint.max_length)
         self.encoder = Encoder(_forward(transformer, self.checkpoint, settings), 0)
         measured = self._measured(settings, device)
-        free_memory()
+        free_memory()  # other workers on the same GPU may need it
         self.encoder.budget = self.max_batch_cost = measured.budget
         self.facts = {
             "model": self.checkpoint.path.name,
@@ -51,6 +53,7 @@ class Embedder(Handler):
             "dtype": str(transformer.model.dtype).removeprefix("torch."),
             "dim": self.checkpoint.dim,
             "attention": self.encoder.forward.name,
+            "pooling": transformer.pooling,
             "batch_tokens": measured.budget,
             "tokens_per_s": round(measured.rate, 1),
         }
@@ -59,7 +62,7 @@ class Embedder(Handler):
     def _measured(self, settings: Settings, device: str) -> calibration.Measured:
         def ask(texts: Texts) -> None:
             self.encoder.budget = texts.tokens
-            self.encoder.encode(texts)
+            self.encoder.encode(texts, halves=settings.batch_tokens is not None)
 
         kind = device.partition(":")[0]
         budgets: tuple[int, ...] = calibration.GPU_BUDGETS if kind == "cuda" else calibration.CPU_BUDGETS
@@ -126,15 +129,17 @@ def _forward(transformer: Transformer, checkpoint: Checkpoint, settings: Setting
     return forward
 
 
-def _compile(transformer: Transformer, forward: Forward, texts: Texts) -> None:
-    plain = transformer.base
+def _compile(transformer: Transformer, forward: Forward, texts: Texts, backend: Any = "inductor") -> None:
+    """From now on the transformer goes through torch.compile, if that works and gives the same."""
+    plain, expected = transformer.base, forward.pooled(texts)
 
     def use(fast: Any) -> None:
         transformer.base = fast
         for count in (len(texts), len(texts) // 2):
-            forward.pooled(rows.taken(texts, np.arange(count)))
+            found = forward.pooled(rows.taken(texts, np.arange(count)))
+            selfcheck.check_same(transformer.model.dtype, found, expected[:count])
 
-    transformer.base = loading.compiled(plain, use)
+    transformer.base = loading.compiled(plain, use, backend)
 
 
 def _device_name(device: str) -> str:

@@ -20,7 +20,10 @@ class Head:
         self._model, self._name = model, model.base_model_prefix
         self.base = getattr(model, self._name)
         self._stand_in = _StandIn(self.base)
-        self.pooling: Pooling = "last" if hasattr(model, "score") else "cls"  # decoders judge by their last token
+        self.pooling = _pooling(model)
+        told = model.config.get_text_config()
+        if told.pad_token_id is None:  # decoders refuse several texts without one, and here it is never looked for
+            told.pad_token_id = 0
 
     def __call__(self, pooled: torch.Tensor) -> torch.Tensor:
         """Float32 [n, hidden size] to [n, 1]."""
@@ -40,7 +43,14 @@ class _StandIn(torch.nn.Module):  # type: ignore[misc] # torch has no types here
         self._pooler = getattr(base, "pooler", None)
 
     def forward(self, *ids: Any, inputs_embeds: torch.Tensor, **others: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
+        from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Output
 
         pooled = None if self._pooler is None else self._pooler(inputs_embeds)
-        return BaseModelOutputWithPooling(last_hidden_state=inputs_embeds, pooler_output=pooled)
+        return Output(last_hidden_state=inputs_embeds, pooler_output=pooled)
+
+
+def _pooling(model: Any) -> Pooling:
+    """Decoders judge by their last token, encoders by their first, ModernBERT by what its files say."""
+    if hasattr(model, "score"):
+        return "last"
+    return "mean" if getattr(model.config, "classifier_pooling", "cls") == "mean" else "cls"

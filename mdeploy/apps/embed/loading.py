@@ -80,6 +80,7 @@ def load(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Any:
     classes = {"cross-encoder": "AutoModelForSequenceClassification", "gme": "Qwen2VLModel"}
     cls = getattr(transformers, classes.get(checkpoint.kind, "AutoModel"))
     options = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # told of them, we say which
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of libraries about each other
@@ -99,23 +100,28 @@ def _check(checkpoint: Checkpoint, told: Mapping[str, Any]) -> None:
     missing = sorted(map(str, told.get("missing_keys", ())))
     if checkpoint.kind == "embedder":
         missing = [name for name in missing if not name.startswith("pooler.")]
-    wrong = missing + sorted(str(entry[0]) for entry in told.get("mismatched_keys", ()))
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    other = [
+        f"{name} {list(found)} (config.json: {list(asked)})" for name, found, asked in told.get("mismatched_keys", ())
+    ]
+    if other:
+        why = f"{', '.join(sorted(other)[:3])}: download the model again"
+        raise LoadError(f"the weights in {checkpoint.path} are not of the sizes that its config.json says: {why}")
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise LoadError(
-            f"the weights in {checkpoint.path} lack {', '.join(wrong[:3])}{more} of {checkpoint.architecture}"
+            f"the weights in {checkpoint.path} lack {', '.join(missing[:3])}{more} of {checkpoint.architecture}"
         )
 
 
-def compiled(base: Any, use: Callable[[Any], object]) -> Any:
+def compiled(base: Any, use: Callable[[Any], object], backend: Any) -> Any:
     """A model through torch.compile, for rows of any length, or as it is where that fails.
 
     torch compiles when a model is asked first, so `use` asks it, better twice: with a second length it learns that
-    lengths vary.
+    lengths vary. An error of it means that what was compiled is wrong.
     """
     say("compiling, which takes a minute or two")
     began = time.monotonic()
-    fast = torch.compile(base, dynamic=True)
+    fast = torch.compile(base, dynamic=True, backend=backend)
     try:
         use(fast)
     except Exception as error:  # compilers, drivers, headers: whatever is missing, the model works without

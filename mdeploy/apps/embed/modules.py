@@ -12,6 +12,12 @@ from mdeploy.errors import ConfigError
 
 PROMPTS = "config_sentence_transformers.json"
 
+_SETTINGS = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+"""Where the longest text is written; old models name the file by their kind."""
+
 _KNOWN = ("Transformer", "Pooling", "Normalize")
 _MODES: Mapping[str, Literal["last", "mean", "cls"]] = {
     "cls_token": "cls",
@@ -40,9 +46,10 @@ def read(path: Path) -> Modules:
         raise ConfigError(f"{file}: {', '.join(unknown)} after the transformer is not supported, only Pooling is")
     if steps.get("Transformer"):
         raise ConfigError(f"{file}: the transformer is in {steps['Transformer']}, it is expected beside modules.json")
-    settings = values(path / "sentence_bert_config.json", missing_ok=True)
+    told = next((path / name for name in _SETTINGS if (path / name).is_file()), path / _SETTINGS[0])
+    settings = values(told, missing_ok=True)
     if settings.get("do_lower_case") and not _lowers(path / "tokenizer.json"):
-        raise ConfigError(f"{path / 'sentence_bert_config.json'}: do_lower_case is set, but tokenizer.json does not")
+        raise ConfigError(f"{told}: do_lower_case is set, but tokenizer.json does not")
     length = settings.get("max_seq_length")
     pooling = _pooling(path / steps["Pooling"] / "config.json") if "Pooling" in steps else None
     return Modules(pooling, length if isinstance(length, int) and length > 0 else None)

@@ -93,6 +93,15 @@ def _part(texts: Texts, first: int, after: int) -> Texts:
     return Texts(texts.lengths[first:after], texts.seconds[first:after], texts.ids[begin:end], texts.dim)
 
 
+def places(texts: Texts, padding: int) -> Ints:
+    """Of each token among those of its text that are not `padding`, from 1 on; 0 for `padding` itself, [T]."""
+    is_counted = texts.ids != padding
+    counted = np.cumsum(is_counted)
+    before = counted - is_counted
+    starts = np.cumsum(texts.lengths) - texts.lengths
+    return np.where(is_counted, counted - np.repeat(before[starts], texts.lengths), 0)
+
+
 def types(texts: Texts) -> Ints:
     """0 for tokens of a first text, 1 for those of a second one, [T]."""
     if not texts.seconds.any():

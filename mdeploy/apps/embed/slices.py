@@ -22,8 +22,8 @@ _SLICE = 100_000
 
 _THREADS = 4
 
-_REPEATED = 64 << 20
-"""Characters that a prompt may become when it is put before every input: as many as a body has at most, usually."""
+_REPEATED = 16 << 20
+"""Characters that a prompt may become by being put before every input, some 8 seconds of a thread."""
 
 CHARACTERS_A_TOKEN = 32
 """A text of more characters than so many for each token it may have is not looked at.
@@ -53,7 +53,7 @@ class Slices:
 def check_repeated(size: int, count: int, param: str) -> None:
     """Raises HTTPError 400 where a few characters of a body would become far too many."""
     if size * count > _REPEATED:
-        text = f"is too much: {size} characters go with each of {count} inputs, {_REPEATED} are taken in all"
+        text = f"is too much: a prompt of {size} characters goes with each of {count}, together {_REPEATED} are taken"
         fields.wrong(param, text, "context_length_exceeded")
 
 

@@ -61,12 +61,12 @@ class Texts:
     def _ids(self, ids: list[Any], param: str) -> Tokens:
         if not ids:
             fields.wrong(param, "is an empty array", "empty_input")
-        if type(ids[0]) is int and self._token_ids == "reject":
-            fields.wrong(param, _REFUSED, "token_ids_not_supported")
-        if type(ids[0]) is int and len(ids) > self._max_length:  # before each of them is looked at
-            self._too_long(param, len(ids))
-        if not all(type(each) is int for each in ids):
+        if not all(type(each) is int for each in ids[: self._max_length + 1]):  # more are refused, whatever they are
             fields.wrong(param, "is an array, a text is expected", "invalid_type")
+        if self._token_ids == "reject":
+            fields.wrong(param, _REFUSED, "token_ids_not_supported")
+        if len(ids) > self._max_length:
+            self._too_long(param, len(ids))
         if min(ids) < 0 or max(ids) >= self._vocabulary:
             fields.wrong(param, f"has token ids that are none of the model's: 0 to {self._vocabulary - 1}")
         if not self._frame.holds(ids):
@@ -96,8 +96,6 @@ class Texts:
 
     async def pairs(self, query: str, documents: Sequence[str], wish: Wish, param: str) -> Sequence[Tokens]:
         """Tokens of the query with each document, for a cross-encoder. Raises HTTPError 400 for what is too long."""
-
-        slices.check_repeated(len(query), len(documents), "query")
         query = self._bounded(query, wish.room, "query")
         [first] = await self._slices.run([len(query)], lambda start, end: self._bare([query]))
 

@@ -9,16 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mdeploy.apps.embed import attention
-from mdeploy.apps.embed.encoder import is_out_of_memory
+from mdeploy.apps.embed import attention, selfcheck
+from mdeploy.apps.embed.encoder import free_memory, is_out_of_memory
 from mdeploy.apps.embed.loading import say
 from mdeploy.apps.gme.model import Model
 from mdeploy.apps.gme.prompt import TILE
 from mdeploy.apps.gme.work import Input, Picture
 from mdeploy.serving.load import LoadError
 
-_LEAST, _LEAST_HALF = 0.9999, 0.999
-_FLOOR = 0.98
 _TEXTS = (5, 17, 40)
 _PICTURES = ((6, 4), (3, 9))
 """Rows and columns of tokens: too small for GME, large enough to see whether places are right."""
@@ -30,10 +28,14 @@ class Encoder:
     def __init__(self, model: Model, budget: float) -> None:
         self.model, self.budget = model, budget
 
-    def encode(self, inputs: Sequence[Input]) -> NDArray[np.float32]:
-        """Float32 [n, hidden], in the order of the inputs. Raises what the model raises."""
+    def encode(self, inputs: Sequence[Input], *, halves: bool = True) -> NDArray[np.float32]:
+        """Float32 [n, hidden], in the order of the inputs. Raises what the model raises.
+
+        A row that is too large for the device's memory is asked in halves, if that is wanted.
+        """
+        ask = self._asked if halves else lambda row: iter([self.model.pooled(row)])
         with torch.inference_mode():
-            found = [part for row in self._rows(inputs) for part in self._asked(row)]
+            found = [part for row in self._rows(inputs) for part in ask(row)]
             return np.asarray(torch.cat(found).cpu().numpy(), np.float32)
 
     def _rows(self, inputs: Sequence[Input]) -> Iterator[Sequence[Input]]:
@@ -56,8 +58,7 @@ class Encoder:
         except (RuntimeError, MemoryError) as error:
             if len(row) == 1 or not is_out_of_memory(error):
                 raise
-        if torch.cuda.is_available():  # what the failed forward left would make the next one fail too
-            torch.cuda.empty_cache()
+        free_memory()  # what the failed forward left would make the next one fail too
         half = len(row) // 2
         yield from self._asked(row[:half])
         yield from self._asked(row[half:])
@@ -69,38 +70,33 @@ def choose(model: Model, image_token: int, asked: Literal["auto", "packed", "pad
         inputs = sample(image_token)
         model.use("padded")
         alone = torch.cat([model.single(each) for each in inputs])
-        worst = _worst(model, inputs, alone)
+
+        def repeated(copies: int) -> torch.Tensor:
+            return torch.cat([model.single(each, copies)[-1:] for each in inputs])
+
+        least = selfcheck.least(model.dtype, repeated, alone)
         if asked != "padded":
-            why = _why_not_packed(model, inputs, alone, noise=1 - worst)
+            why = _why_not_packed(model, inputs, alone, least)
             if not why:
                 return
             if asked == "packed":
                 raise LoadError(f"this model cannot be packed: {why}; --attention auto pads its inputs")
             say(f"inputs are padded, which is slower: {why}")
             model.use("padded")
-        if not worst >= _least(model):  # NaN too
+        worst = selfcheck.cosine(model.pooled(inputs), alone)
+        if not worst >= least:  # NaN too
             raise LoadError(f"this model gives other vectors in a batch than alone: their cosine is {worst:.5f}")
 
 
-def _why_not_packed(model: Model, inputs: Sequence[Input], alone: torch.Tensor, noise: float) -> str:
-    """Half precision is noisy in deep models: packed may be three times as far from single inputs as padded is."""
+def _why_not_packed(model: Model, inputs: Sequence[Input], alone: torch.Tensor, least: float) -> str:
     if not attention.can_pack(str(model.device), model.dtype):
         return f"no kernel for {str(model.dtype).removeprefix('torch.')} on this device packs them"
-    model.use("packed")
     try:
-        worst = _worst(model, inputs, alone)
-    except (attention.UnsupportedError, TypeError, ValueError, RuntimeError) as error:
+        model.use("packed")
+        worst = selfcheck.cosine(model.pooled(inputs), alone)
+    except (attention.UnsupportedError, TypeError, ValueError, RuntimeError, AttributeError, ImportError) as error:
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    is_noise = model.dtype != torch.float32 and worst >= _FLOOR and 1 - worst <= 3 * noise
-    return "" if worst >= _least(model) or is_noise else f"packed and single vectors have cosine {worst:.5f}"
-
-
-def _worst(model: Model, inputs: Sequence[Input], alone: torch.Tensor) -> float:
-    return float(torch.cosine_similarity(model.pooled(inputs), alone).min())
-
-
-def _least(model: Model) -> float:
-    return _LEAST if model.dtype == torch.float32 else _LEAST_HALF
+    return "" if worst >= least else f"packed and single vectors have cosine {worst:.5f}, {least:.4g} is expected"
 
 
 def sample(image_token: int) -> list[Input]:

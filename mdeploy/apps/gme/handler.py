@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from mdeploy.apps.embed import calibration, checkpoint, loading
-from mdeploy.apps.embed.encoder import is_out_of_memory, normalized
+from mdeploy.apps.embed.encoder import free_memory, is_out_of_memory, normalized
 from mdeploy.apps.embed.loading import Settings, say
 from mdeploy.apps.embed.rows import Texts
 from mdeploy.apps.gme import encoder, prompt, work
@@ -48,6 +48,7 @@ class Embedder(Handler):
             say("--compile does nothing for GME: pictures have too many shapes")
         self._load(settings, device)
         measured = self._measured(settings, device)
+        free_memory()  # other workers on the same GPU may need it
         self.encoder.budget = self.max_batch_cost = measured.budget
         self.facts = {
             "model": self.checkpoint.path.name,
@@ -81,14 +82,18 @@ class Embedder(Handler):
         if settings.batch_tokens:
             budgets = (settings.batch_tokens,)
         say("measuring how many tokens go into a batch")
-        best = calibration.calibrate(self._ask, budgets, self.limit, _SEARCH_S.get(kind, 3.0))
+
+        def ask(texts: Texts) -> None:
+            self._ask(texts, halves=settings.batch_tokens is not None)
+
+        best = calibration.calibrate(ask, budgets, self.limit, _SEARCH_S.get(kind, 3.0))
         return self._with_pictures(best, all_of_it=kind == "cuda")
 
-    def _ask(self, texts: Texts) -> None:
+    def _ask(self, texts: Texts, *, halves: bool) -> None:
         ends = np.cumsum(texts.lengths)
         inputs = [Input(texts.ids[end - size : end].tolist()) for end, size in zip(ends, texts.lengths, strict=True)]
         self.encoder.budget = texts.tokens
-        self.encoder.encode(inputs)
+        self.encoder.encode(inputs, halves=halves)
 
     def _with_pictures(self, best: calibration.Measured, *, all_of_it: bool) -> calibration.Measured:
         """Less where as many tokens of pictures are too much for the device; a CPU shows its rate with one picture."""
@@ -107,7 +112,7 @@ class Embedder(Handler):
             except (RuntimeError, MemoryError) as error:
                 if len(inputs) == 1 or not is_out_of_memory(error):
                     raise
-            torch.cuda.empty_cache()
+            free_memory()
             budget //= 2
 
     # work

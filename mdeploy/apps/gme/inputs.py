@@ -122,7 +122,7 @@ class Inputs:
         most = min(told.room or self._max_length, self._max_length)
         if tokens > most:
             what = f"has {tokens} tokens with its prompt, at most {most} are taken"
-            hint = "text can be cut, pictures cannot" if told.room else "shorten it, or send truncate: true"
+            hint = "text is cut, prompt and picture are not" if told.room else "shorten it, or send truncate: true"
             fields.wrong(param, f"{what}: {hint}", "context_length_exceeded")
 
     # texts

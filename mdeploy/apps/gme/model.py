@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from mdeploy.apps.embed import attention, modules, pooling
 from mdeploy.apps.embed.attention import Segments
+from mdeploy.apps.gme import vision
 from mdeploy.apps.gme.prompt import TILE
 from mdeploy.apps.gme.work import Input, Picture
 
@@ -87,7 +89,7 @@ class Patches(torch.nn.Module):  # type: ignore[misc] # torch has no types here
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """[n, 3 * 2 * 14 * 14] to [n, width of the tower]."""
-        return torch.nn.functional.linear(patches.to(self.weight.dtype), self.weight)
+        return functional.linear(patches.to(self.weight.dtype), self.weight)
 
 
 class Model:
@@ -96,6 +98,7 @@ class Model:
     def __init__(self, model: Any, path: Path) -> None:
         """`model` is a Qwen2VLModel in `path`, as transformers loads it."""
         model.visual.patch_embed = Patches(model.visual.patch_embed.proj)
+        self._looks = vision.Attentions(model.visual)
         self._model = model
         self._image_token = int(model.config.image_token_id)
         self.device: torch.device = model.device
@@ -104,25 +107,28 @@ class Model:
         self._normalizer = Normalizer(path, self.device)
 
     def use(self, way: Literal["packed", "padded"]) -> None:
-        """From now on. Pictures see themselves only, whichever it is: the vision tower is told their sizes."""
+        """From now on. Pictures see themselves only, whichever it is."""
         attention.register()
         self._model.language_model.set_attn_implementation(attention.NAME if way == "packed" else "sdpa")
+        self._looks.use(packed=way == "packed")
         self.way = way
 
     def pooled(self, inputs: Sequence[Input]) -> torch.Tensor:
         """float32 [n, hidden] on the device: the state of each prompt's last token."""
-        segments = Segments([len(each.ids) for each in inputs], self.device)
+        lengths = [len(each.ids) for each in inputs]
+        fill = self.way == "packed" and self.device.type == "cpu"
+        segments = Segments(lengths, self.device, attention.spare_tokens(sum(lengths)) if fill else 0)
         states = self._packed(inputs, segments) if self.way == "packed" else self._padded(inputs, segments)
         return pooling.pool(states, segments, "last")
 
-    def single(self, each: Input) -> torch.Tensor:
-        """The same for one prompt as transformers itself does it, to compare with; [1, hidden]."""
-        ids = torch.tensor([list(each.ids)], device=self.device)
+    def single(self, each: Input, copies: int = 1) -> torch.Tensor:
+        """The same for one prompt as transformers itself does it, to compare with; [copies, hidden]."""
+        ids = torch.tensor([list(each.ids)] * copies, device=self.device)
         seen: dict[str, torch.Tensor] = {}
         if each.picture is not None:
             seen = {
-                "pixel_values": self._normalizer.patches(each.picture),
-                "image_grid_thw": self._grid([each.picture]),
+                "pixel_values": self._normalizer.patches(each.picture).repeat(copies, 1),
+                "image_grid_thw": self._grid([each.picture] * copies),
                 "mm_token_type_ids": (ids == self._image_token).int(),
             }
         hidden = self._model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **seen)
@@ -131,6 +137,9 @@ class Model:
 
     def _packed(self, inputs: Sequence[Input], segments: Segments) -> torch.Tensor:
         row, places = self._row(inputs)
+        spare = segments.total - len(row)
+        if spare:
+            row, places = functional.pad(row, (0, 0, 0, spare)), functional.pad(places, (0, spare))
         with attention.packed(segments):
             return self._text(row.unsqueeze(0), places.unsqueeze(1), None)[0]
 
@@ -159,7 +168,9 @@ class Model:
     def _see(self, pictures: Sequence[Picture]) -> torch.Tensor:
         """The pictures as the text model reads them, [image tokens, hidden]."""
         patches = torch.cat([self._normalizer.patches(one) for one in pictures])
-        seen = self._model.visual(patches, grid_thw=self._grid(pictures))
+        sizes = [one.height * one.width // PATCH**2 for one in pictures]
+        with attention.packed(Segments(sizes, self.device)):  # heeded where the tower's attention is ours
+            seen = self._model.visual(patches, grid_thw=self._grid(pictures))
         found: torch.Tensor = seen if isinstance(seen, torch.Tensor) else seen.pooler_output
         return found
 
