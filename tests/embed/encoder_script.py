@@ -286,19 +286,20 @@ def memory(path: Path) -> dict[str, Any]:
 def budgets() -> dict[str, Any]:
     """What is found on devices of known speed: seconds of a batch as a function of its tokens."""
 
-    def found(seconds: Any, patience: float = 100.0, room: float = 1e9) -> int:
+    def found(seconds: Any, patience: float = 1000.0, room: float = 1e9) -> int:
         now = 0.0
 
-        def ask(texts: rows.Texts) -> None:
+        def ask(texts: rows.Texts, budget: int) -> None:
             nonlocal now
-            if texts.tokens > room:
+            if min(texts.tokens, budget) > room:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            now += seconds(texts.tokens)
+            now += sum(seconds(row.tokens) for row in rows.cut(texts, budget))
 
         return calibration.calibrate(ask, calibration.CPU_BUDGETS, 256, patience, lambda: now).budget
 
     told: dict[str, Any] = {
         "flat": found(lambda tokens: tokens / 1000),
+        "flat and quick": found(lambda tokens: tokens / 30_000),
         "costly batches": found(lambda tokens: 1.0 + tokens / 1000),
         "large ones are slow": found(lambda tokens: 0.3 + tokens / (1000 if tokens <= 2048 else 500)),
         "little memory": found(lambda tokens: 1.0 + tokens / 1000, room=3000),

@@ -145,6 +145,7 @@ def test_a_text_too_large_for_the_device_fails(told: Any) -> None:
 def test_the_least_budget_that_is_about_the_best_is_taken(told: Any) -> None:
     found = told["budgets"]
     assert found["flat"] == 512
+    assert found["flat and quick"] == 4096
     assert found["costly batches"] == 8192
     assert found["large ones are slow"] == 2048
 

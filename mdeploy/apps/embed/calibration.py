@@ -16,7 +16,14 @@ GPU_BUDGETS = (1024, 2048, 4096, 8192, 16384, 32768)
 GOOD_ENOUGH = 0.97
 """A smaller batch is preferred, since its texts wait less, where it costs no more than this share of the rate."""
 
+SHORT_S = 0.2
+"""A batch that is done in this time need not be smaller: waiting for it is nothing, and a full one costs least."""
+
 _HOPELESS = 0.85  # a budget this far below the best ends the search
+
+_SAMPLE = 1 / 12
+"""Share of the search's time that one measurement takes: several batches of a small budget, since none of them is
+quite full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,41 +35,61 @@ class Measured:
 
 
 def calibrate(
-    ask: Callable[[Texts], object],
+    ask: Callable[[Texts, int], object],
     budgets: Sequence[int],
     longest: int,
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Measured:
-    """The least of the budgets whose rate is about the best; the search ends after so many seconds.
+    """The least of the budgets whose rate is about the best, or the largest of them whose batches are short.
 
-    `ask` returns when the answer is there. Running out of memory ends the search too, if any budget was possible.
+    The search ends after so many seconds. `ask` is told the budget to cut its texts by, and returns when the answer is
+    there. Running out of memory ends the search too, if any budget was possible.
     """
+    trial = _Trial(ask, longest, clock)
     ends = clock() + seconds
     found: list[Measured] = []
+    best = 0.0
     for budget in budgets:
         try:
-            found.append(_measured(ask, budget, longest, clock))
+            best = best or trial.rough(budget)
+            sample = int(min(best * seconds * _SAMPLE, budgets[-1]))
+            found.append(trial.measured(budget, sample))
         except (RuntimeError, MemoryError) as error:
             if not found or not is_out_of_memory(error):
                 raise
             break
         best = max(one.rate for one in found)
-        next_s = 3 * 2 * budget / best  # three batches of the next size
-        if clock() + next_s > ends or found[-1].rate < _HOPELESS * best:
+        following = 2 * budget  # a first batch, then two samples
+        if clock() + (following + 2 * max(following, sample)) / best > ends or found[-1].rate < _HOPELESS * best:
             break
-    return next(one for one in found if one.rate >= GOOD_ENOUGH * max(one.rate for one in found))
+    good = [one for one in found if one.rate >= GOOD_ENOUGH * best]
+    short = [one for one in good if one.budget <= SHORT_S * one.rate]
+    return short[-1] if short else good[0]
 
 
-def _measured(ask: Callable[[Texts], object], budget: int, longest: int, clock: Callable[[], float]) -> Measured:
-    """The better of two rates; the first batch of a size is slow, since kernels are chosen for it."""
-    rates = []
-    for seed in (0, 0, 1):
-        texts = usual(budget, longest, seed)
-        began = clock()
-        ask(texts)
-        rates.append(texts.tokens / max(clock() - began, 1e-9))
-    return Measured(budget, max(rates[1:]))
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """One device while it is measured."""
+
+    ask: Callable[[Texts, int], object]
+    longest: int
+    clock: Callable[[], float]
+
+    def rough(self, budget: int) -> float:
+        """Tokens a second, after the first call of all, which loads what it needs."""
+        return max(self._rate(budget, budget, 0) for _ in range(2))
+
+    def measured(self, budget: int, tokens: int) -> Measured:
+        """The better of two rates; the first batch of a size is slow, since kernels are chosen for it."""
+        self._rate(budget, budget, 0)
+        return Measured(budget, max(self._rate(budget, max(budget, tokens), seed) for seed in (1, 2)))
+
+    def _rate(self, budget: int, tokens: int, seed: int) -> float:
+        texts = usual(tokens, self.longest, seed)
+        began = self.clock()
+        self.ask(texts, budget)
+        return texts.tokens / max(self.clock() - began, 1e-9)
 
 
 def usual(tokens: int, longest: int, seed: int = 0) -> Texts:

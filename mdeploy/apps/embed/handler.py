@@ -60,8 +60,8 @@ class Embedder(Handler):
         say(f"{self.encoder.forward.name}, {measured.budget} tokens a batch: {measured.rate:.0f} tokens/s")
 
     def _measured(self, settings: Settings, device: str) -> calibration.Measured:
-        def ask(texts: Texts) -> None:
-            self.encoder.budget = texts.tokens
+        def ask(texts: Texts, budget: int) -> None:
+            self.encoder.budget = budget
             self.encoder.encode(texts, halves=settings.batch_tokens is not None)
 
         kind = device.partition(":")[0]

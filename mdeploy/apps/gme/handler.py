@@ -83,16 +83,16 @@ class Embedder(Handler):
             budgets = (settings.batch_tokens,)
         say("measuring how many tokens go into a batch")
 
-        def ask(texts: Texts) -> None:
-            self._ask(texts, halves=settings.batch_tokens is not None)
+        def ask(texts: Texts, budget: int) -> None:
+            self._ask(texts, budget, halves=settings.batch_tokens is not None)
 
         best = calibration.calibrate(ask, budgets, self.limit, _SEARCH_S.get(kind, 3.0))
         return self._with_pictures(best, all_of_it=kind == "cuda")
 
-    def _ask(self, texts: Texts, *, halves: bool) -> None:
+    def _ask(self, texts: Texts, budget: int, *, halves: bool) -> None:
         ends = np.cumsum(texts.lengths)
         inputs = [Input(texts.ids[end - size : end].tolist()) for end, size in zip(ends, texts.lengths, strict=True)]
-        self.encoder.budget = texts.tokens
+        self.encoder.budget = budget
         self.encoder.encode(inputs, halves=halves)
 
     def _with_pictures(self, best: calibration.Measured, *, all_of_it: bool) -> calibration.Measured:
