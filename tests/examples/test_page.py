@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from tests import support
+from tests import browser, support
 from tests.examples.served import Service
 from tests.examples.tiny_words import COLOURS
 
@@ -22,24 +21,7 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = "/usr/bin/chromium"
-    profile = tmp_path_factory.mktemp("chromium")
-    for word in (
-        "--headless=new",
-        "--no-sandbox",  # tests run as root
-        "--disable-dev-shm-usage",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--window-size=900,900",
-        f"--user-data-dir={profile}",
-    ):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    # Without our variables: it outlives the home of the test that starts it.
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("MDEPLOY_")}
-    service = webdriver.ChromeService("/usr/bin/chromedriver", env={**clean, "HOME": str(profile)})
-    with webdriver.Chrome(options, service) as driver:
+    with browser.chromium(tmp_path_factory.mktemp("chromium")) as driver:
         yield driver
 
 
